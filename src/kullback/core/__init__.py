@@ -1,0 +1,1 @@
+"""The ground floor: errors, types, reductions, randomness, configuration, runs and the engine."""

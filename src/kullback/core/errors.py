@@ -1,0 +1,40 @@
+"""The errors kullback raises: one sentence that says what was expected, what came, and what to do."""
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "KullbackError", "MissingExtra", "NotFitted", "ShapeError"]
+
+
+class KullbackError(Exception):
+    """Any error whose message is meant for the user: the command line prints it without a traceback and exits with 2."""
+
+
+class ShapeError(KullbackError, ValueError):
+    """Tensors whose shapes, vocabularies or supports do not belong together."""
+
+
+class ConfigError(KullbackError, ValueError):
+    """An option with an unknown name, a value out of range, or one that would do nothing."""
+
+
+class DataError(KullbackError, ValueError):
+    """Input data or a model directory that is missing, empty, damaged or of the wrong kind."""
+
+
+class CheckpointError(KullbackError, RuntimeError):
+    """A run directory or checkpoint that cannot be written, read, or resumed with this configuration."""
+
+
+class NotFitted(KullbackError, RuntimeError):
+    """A method that was used before it was fitted."""
+
+
+class MissingExtra(KullbackError, ImportError):
+    """An optional dependency that is not installed.
+
+    >>> raise MissingExtra("pyarrow", extra="parquet")
+    Traceback (most recent call last):
+        ...
+    kullback.core.errors.MissingExtra: pyarrow is needed here and is not installed: pip install 'kullback[parquet]'
+    """
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        super().__init__(f"{package} is needed here and is not installed: pip install 'kullback[{extra}]'")

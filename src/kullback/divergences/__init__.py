@@ -1,0 +1,1 @@
+"""Divergences between categorical distributions, from log-probabilities, in nats and never reduced."""

@@ -1,0 +1,1 @@
+"""Small models, built from a configuration and trained on the spot."""
