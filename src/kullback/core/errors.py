@@ -4,7 +4,7 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "KullbackError", "Miss
 
 
 class KullbackError(Exception):
-    """Any error whose message is meant for the user: the command line prints it without a traceback and exits with 2."""
+    """Any error whose message is meant for the user: the command line prints it and exits with 2."""
 
 
 class ShapeError(KullbackError, ValueError):

@@ -34,7 +34,7 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, *, count: Tensor | float 
     """Masked sum divided by `count`, or by the number of true entries when no count is given.
 
     `count` is the global number of tokens that a trainer knows under gradient accumulation or several processes:
-    with it, the sum over micro-batches equals the mean over the whole batch. An empty mask gives 0 with a live gradient.
+    with it, the sum over micro-batches equals the mean over the whole batch. An empty mask gives 0.
 
     >>> x = torch.tensor([1.0, 2.0, 6.0])
     >>> masked_mean(x, torch.tensor([True, True, False]))

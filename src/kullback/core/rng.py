@@ -1,4 +1,4 @@
-"""Named sub-streams of randomness: the same seed and names give the same numbers on every machine and in every order."""
+"""Named sub-streams of randomness: the same seed and names give the same numbers on every machine, in any order."""
 
 import hashlib
 
