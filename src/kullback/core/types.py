@@ -61,13 +61,16 @@ class Decoder(Protocol):
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says about each position: one of the two forms, the other is None.
+    """What a teacher says about each position, in one of three forms; the fields of the others are None.
 
-    logits [B, T, V] over the whole vocabulary; or top_ids [B, T, K] with top_log_probs [B, T, K], the K most likely
-    tokens, whose missing mass is the tail.
+    logits [B, T, V]; or hidden [B, T, H] with the head's weight [V, H] and bias [V], so that logits need never be held;
+    or top_ids [B, T, K] with top_log_probs [B, T, K], the K most likely tokens, whose missing mass is the tail.
     """
 
     logits: Tensor | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
 
