@@ -64,7 +64,8 @@ class TeacherOutput(NamedTuple):
     """What a teacher says about each position, in one of three forms; the fields of the others are None.
 
     logits [B, T, V]; or hidden [B, T, H] with the head's weight [V, H] and bias [V], so that logits need never be held;
-    or top_ids [B, T, K] with top_log_probs [B, T, K], the K most likely tokens, whose missing mass is the tail.
+    or top_ids [B, T, K] with top_log_probs [B, T, K], the K most likely tokens, and tail_log_prob [B, T], the logarithm
+    of all the mass that they leave.
     """
 
     logits: Tensor | None = None
@@ -73,6 +74,7 @@ class TeacherOutput(NamedTuple):
     bias: Tensor | None = None
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
+    tail_log_prob: Tensor | None = None
 
 
 class Teacher(Protocol):
