@@ -1,0 +1,83 @@
+"""Where a result was made: versions, processor, threads and commit, without importing what it reports on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["commit", "cores", "cpu_name", "environment", "installed", "threads"]
+
+_PACKAGES = ("kullback", "torch", "transformers", "accelerate", "numpy", "scipy", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and of the packages that decide a result, the CPU, threads, and the checkout's commit."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "threads": threads(),
+        "versions": {name: found for name in _PACKAGES if (found := installed(name))},
+        "commit": commit(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package, or None; the package is not imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "cpu model", "hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads() -> int:
+    """The threads of a tensor operation: torch's own number once it is imported, what it would take before."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else cores()
+
+
+def commit() -> str | None:
+    """The commit of kullback's own checkout, "+changes" behind it when files differ; None without a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    # A copy inside somebody else's repository has no commit of ours: the file itself must be tracked.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{head}+changes" if head and changed else head
