@@ -1,1 +1,40 @@
 """Divergences between categorical distributions, from log-probabilities, in nats and never reduced."""
+
+from kullback.divergences.cauchy_schwarz import cauchy_schwarz
+from kullback.divergences.f import (
+    alpha_divergence,
+    generalized_jsd,
+    jeffreys,
+    jsd,
+    kl,
+    neyman,
+    pearson,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    squared_hellinger,
+    total_variation,
+)
+from kullback.divergences.options import NAMES, dual, from_logits, named
+from kullback.divergences.renyi import renyi
+
+__all__ = [
+    "NAMES",
+    "alpha_divergence",
+    "cauchy_schwarz",
+    "dual",
+    "from_logits",
+    "generalized_jsd",
+    "jeffreys",
+    "jsd",
+    "kl",
+    "named",
+    "neyman",
+    "pearson",
+    "renyi",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "squared_hellinger",
+    "total_variation",
+]
