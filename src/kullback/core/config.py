@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, ge
 
 from kullback.core.errors import ConfigError, KullbackError
 
-__all__ = ["changes", "digest", "load", "read_toml", "to_dict", "to_toml"]
+__all__ = ["changes", "digest", "flat", "load", "read_toml", "to_dict", "to_toml"]
 
 T = TypeVar("T")
 _MISSING = "(not set)"
@@ -77,12 +77,21 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     >>> changes({"training": {"rate": 0.1, "steps": 5}}, {"training": {"rate": 0.2, "steps": 5}, "seed": 1})
     ['seed: (not set) -> 1', 'training.rate: 0.1 -> 0.2']
     """
-    before, after = dict(_leaves(_plain(old, ""), "")), dict(_leaves(_plain(new, ""), ""))
+    before, after = flat(old), flat(new)
     return [
         f"{key}: {_show(before, key)} -> {_show(after, key)}"
         for key in sorted({*before, *after})
         if key not in before or key not in after or _canonical(before[key]) != _canonical(after[key])
     ]
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The values of a configuration under the dotted names that overrides use, None left out.
+
+    >>> flat({"training": {"rate": 0.1, "betas": (0.9, 0.95)}, "seed": None})
+    {'training.rate': 0.1, 'training.betas': [0.9, 0.95]}
+    """
+    return dict(_leaves(to_dict(config), ""))
 
 
 def digest(config: Any) -> str:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "cores", "cpu_name", "environment", "installed", "threads"]
+__all__ = ["cache_directory", "commit", "cores", "cpu_name", "environment", "installed", "memory", "threads"]
 
 _PACKAGES = ("kullback", "torch", "transformers", "accelerate", "numpy", "scipy", "safetensors")
 
@@ -45,6 +45,27 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cache_directory() -> Path:
+    """Where kullback keeps what it can make again: KULLBACK_CACHE, or kullback/ in the user's cache directory."""
+    if place := os.environ.get("KULLBACK_CACHE"):
+        return Path(place).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "kullback"
+    variable, default = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
+    return Path(os.environ.get(variable) or Path.home() / default) / "kullback"
+
+
+def memory() -> dict[str, int]:
+    """Main memory in bytes: total and free (what could be had without swapping)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return {"total": 1024 * kilobytes["MemTotal"], "free": 1024 * kilobytes["MemAvailable"]}
+    except (OSError, KeyError, ValueError, IndexError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return {"total": total, "free": 0}
 
 
 def cores() -> int:

@@ -1,10 +1,17 @@
 """The errors kullback raises: one sentence that says what was expected, what came, and what to do."""
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "KullbackError", "MissingExtra", "NotFitted", "ShapeError"]
+from typing import ClassVar
+
+__all__ = [
+    "CheckpointError", "ConfigError", "DataError", "Interrupted",
+    "KullbackError", "MissingExtra", "NotFitted", "ShapeError",
+]  # fmt: skip
 
 
 class KullbackError(Exception):
-    """Any error whose message is meant for the user: the command line prints it and exits with 2."""
+    """Any error whose message is meant for the user: the command line prints it and exits with `exit_code`."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ShapeError(KullbackError, ValueError):
@@ -21,6 +28,12 @@ class DataError(KullbackError, ValueError):
 
 class CheckpointError(KullbackError, RuntimeError):
     """A run directory or checkpoint that cannot be written, read, or resumed with this configuration."""
+
+
+class Interrupted(KullbackError):
+    """A job that was asked to stop by a signal and has saved its state."""
+
+    exit_code = 130
 
 
 class NotFitted(KullbackError, RuntimeError):

@@ -75,6 +75,14 @@ class Run:
         except (ConfigError, KeyError) as error:
             raise CheckpointError(f"{path / 'run.toml'} is damaged ({error}): the run cannot be opened") from error
 
+    def environment(self) -> dict[str, Any]:
+        """Where the run last began or went on, from env.json; empty when that file is lost."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "env.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content
+
     def event(self, kind: str, **values: Any) -> None:
         """Append one line to events.jsonl: the kind, the time (seconds since 1970) and the values.
 

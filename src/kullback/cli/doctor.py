@@ -1,0 +1,83 @@
+"""`kullback doctor`: what this machine and installation can do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["doctor"]
+
+_OPTIONAL = re.compile(r"(?P<package>[A-Za-z0-9._-]+)[^;]*;.*extra == ['\"](?P<extra>[^'\"]+)['\"]")
+
+
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, this machine, the cache and optional packages."""
+    found = _examine()
+    if json_:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    where = found["environment"]
+    memory, disk, cache = found["memory"], found["disk"], found["cache"]
+    lines = {
+        "python": where["python"],
+        **where["versions"],
+        "commit": where["commit"] or "not a checkout",
+        "platform": where["platform"],
+        "processor": f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads a tensor operation",
+        "memory": f"{_gigabytes(memory['free'])} free of {_gigabytes(memory['total'])}",
+        "disk": f"{_gigabytes(disk['free'])} free of {_gigabytes(disk['total'])} at the cache",
+        "cache": cache["path"] + ("" if cache["writable"] else ", which cannot be written: set KULLBACK_CACHE"),
+    }
+    for name, value in lines.items():
+        typer.echo(f"{name:<14}{value}")
+    for row in found["extras"]:
+        typer.echo(f"{row['package']:<14}{row['version'] or 'not installed: ' + row['install']}")
+
+
+def _examine() -> dict[str, Any]:
+    from kullback.core.environment import cache_directory, environment, memory
+
+    cache = cache_directory()
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    disk = shutil.disk_usage(place)
+    return {
+        "environment": environment(),
+        "memory": memory(),
+        "disk": {"free": disk.free, "total": disk.total},
+        "cache": {"path": str(cache), "writable": _writable(place)},
+        "extras": _extras(),
+    }
+
+
+def _extras() -> list[dict[str, Any]]:
+    """The optional packages as the installed package declares them, those that only its own tests need left out."""
+    from kullback.core.environment import installed
+
+    rows = []
+    for requirement in requires("kullback") or []:
+        found = _OPTIONAL.fullmatch(requirement)
+        if found and found["extra"] != "test":
+            package, extra = found["package"], found["extra"]
+            install = f"pip install 'kullback[{extra}]'"
+            rows.append({"extra": extra, "package": package, "version": installed(package), "install": install})
+    return sorted(rows, key=lambda row: (row["extra"], row["package"]))
+
+
+def _writable(folder: Path) -> bool:
+    """By trying: permission bits say nothing of read-only mounts, nor to root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
