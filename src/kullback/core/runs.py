@@ -253,4 +253,4 @@ def _json_value(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):  # arrays, tensors and their scalars
         return value.tolist()
-    raise TypeError(f"an event or report holds a {type(value).__name__}, which JSON cannot keep")
+    raise ConfigError(f"an event or report holds a {type(value).__name__}, which JSON cannot keep")
