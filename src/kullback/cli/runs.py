@@ -120,7 +120,9 @@ def _is_output(file: Path, root: Path) -> bool:
 
 def _differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, list[Any]]:
     keys = [*one, *(key for key in two if key not in one)]
-    return {key: [one.get(key), two.get(key)] for key in keys if one.get(key) != two.get(key)}
+    pairs = {key: [one.get(key), two.get(key)] for key in keys}
+    # Compared as text, in which what is not a number equals itself.
+    return {key: pair for key, pair in pairs.items() if json.dumps(pair[0]) != json.dumps(pair[1])}
 
 
 def _print_table(titles: list[str], rows: list[list[str]]) -> None:
@@ -145,6 +147,8 @@ def _finite(value: Any) -> Any:
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
