@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kullback.core.files import atomic_write
-from kullback.core.runs import stop_signals
+from kullback.core.runs import Run, stop_signals
 
 
 def square(folder: Path, *, number: int) -> dict[str, Any]:
@@ -39,6 +39,19 @@ def once(folder: Path, *, number: int) -> dict[str, int]:
         (folder / "tried").touch()
         raise RuntimeError("the first time")
     return {"number": number}
+
+
+def count(folder: Path, *, to: int) -> dict[str, int]:
+    """A run that is killed after its second step, and goes on from its checkpoint when it is run again."""
+    run = Run.start(folder, {"to": to}, kind="count", resume=True)
+    latest = run.latest_checkpoint()
+    begun = 0 if latest is None else int((latest / "step").read_text())
+    for step in range(begun + 1, to + 1):
+        with run.checkpoint(step) as place:
+            (place / "step").write_text(str(step))
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {"begun": begun, "ended": to}
 
 
 def wait(folder: Path, *, seconds: float) -> dict[str, Any]:

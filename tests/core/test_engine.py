@@ -110,6 +110,14 @@ def test_a_failed_unit_runs_again(tmp_path):
     assert not (tmp_path / "once" / "traceback.txt").exists()
 
 
+def test_a_unit_that_is_a_run_goes_on_from_its_checkpoint(tmp_path):
+    unit = Unit(key="count", call="_units:count", arguments={"to": 4})
+    (first,) = run_units([unit], root=tmp_path)
+    (second,) = run_units([unit], root=tmp_path)
+    assert first.error == "the process was killed by SIGKILL"
+    assert second.result == {"begun": 2, "ended": 4}
+
+
 def test_a_damaged_result_is_a_missing_one(tmp_path):
     (unit,) = squares(1)
     run_units([unit], root=tmp_path)

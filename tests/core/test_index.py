@@ -36,13 +36,13 @@ def by_path(root: Path) -> dict[str, dict]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The runs that were read, and not taken from the index."""
     names: list[str] = []
-    describe = index._describe
+    describe = index.describe_run
 
     def counted(path: Path) -> dict:
         names.append(path.name)
         return describe(path)
 
-    monkeypatch.setattr(index, "_describe", counted)
+    monkeypatch.setattr(index, "describe_run", counted)
     return names
 
 
@@ -131,6 +131,7 @@ def test_another_schema_is_replaced(root):
 def test_the_run_itself_can_be_the_root(root):
     (row,) = RunIndex(root / "a").rows()
     assert row["path"] == "."
+    assert not (root / "a" / ".runs.sqlite").exists()
 
 
 def test_a_root_that_cannot_be_written_has_rows_but_no_index(root, monkeypatch):

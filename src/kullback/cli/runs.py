@@ -101,11 +101,10 @@ def prune_runs(
 
 def _content(path: Path) -> dict[str, Any]:
     from kullback.core.config import flat
-    from kullback.core.index import RunIndex
+    from kullback.core.index import describe_run
     from kullback.core.runs import Run
 
-    run = Run.open(path)
-    row = next(row for row in RunIndex(path).rows() if row["path"] == ".")
+    run, row = Run.open(path), describe_run(path)
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and _is_output(file, path))
     return {
         "path": str(path), "run": {key: row[key] for key in ("kind", "seed", "status", "step")},

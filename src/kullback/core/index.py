@@ -20,7 +20,7 @@ from urllib.parse import quote
 from kullback.core.errors import CheckpointError, DataError
 from kullback.core.runs import Run
 
-__all__ = ["RunIndex"]
+__all__ = ["RunIndex", "describe_run"]
 
 _NAME = ".runs.sqlite"
 _SCHEMA = "CREATE TABLE runs (path TEXT PRIMARY KEY, signature TEXT NOT NULL, row TEXT NOT NULL, seal TEXT NOT NULL)"
@@ -37,20 +37,15 @@ class RunIndex:
         self.path = self.root / _NAME
 
     def rows(self) -> list[dict[str, Any]]:
-        """One mapping a run, by time of its start: path (below the root), kind, seed, status, started, updated, step
-        (of the latest checkpoint), checkpoints (their number), bytes (of the checkpoints) and config, metrics.
-
-        status: "done" with a report, "unfinished" without, "damaged" when it cannot be read; times in seconds since
-        1970; metrics: the numbers of report.json, nested names joined with dots.
-        """
+        """The `describe_run` of each run and its path below the root, by the time of its start."""
         known = self._read()
         found: dict[str, tuple[str, str]] = {}
         for path in _run_directories(self.root):
             name, signature = path.relative_to(self.root).as_posix(), _signature(path)
             before = known.get(name)
-            row = before[1] if before and before[0] == signature else json.dumps(_describe(path))
+            row = before[1] if before and before[0] == signature else json.dumps(describe_run(path))
             found[name] = (signature, row)
-        if found != known:
+        if found != known and not (self.root / "run.toml").exists():  # a run directory holds the run alone
             self._write(found)
         rows = [{"path": name, **json.loads(row)} for name, (_, row) in found.items()]
         return sorted(rows, key=lambda row: (row["started"], row["path"]))
@@ -103,7 +98,13 @@ def _seal(path: str, signature: str, row: str) -> str:
     return hashlib.sha256("\x1f".join((path, signature, row)).encode()).hexdigest()
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe_run(path: Path) -> dict[str, Any]:
+    """A run in short: kind, seed, status, started, updated, step, checkpoints, bytes, config, metrics.
+
+    status: "done" with a report, "unfinished" without, "damaged" when it cannot be read; started, updated: seconds
+    since 1970; step: of the latest checkpoint, or None; checkpoints: their number, and bytes their size; metrics: the
+    numbers of report.json, nested names joined with dots.
+    """
     updated = max((path / name).stat().st_mtime for name in _WATCHED if (path / name).exists())
     row: dict[str, Any] = {
         "kind": "?", "seed": 0, "status": "damaged", "started": updated, "updated": updated, "step": None,
