@@ -72,15 +72,19 @@ def test_env_json_says_where_it_ran(tmp_path):
 def test_the_commit_is_that_of_the_checkout_and_of_no_other(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
-    file = tmp_path / "environment.py"
+    file = tmp_path / "package" / "core" / "environment.py"
+    file.parent.mkdir(parents=True)
     file.touch()
+    (tmp_path / "package" / "other.py").touch()
     monkeypatch.setattr(environment, "__file__", str(file))
     assert environment.commit() is None  # inside a repository, but not of it
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert environment.commit() == head
-    file.write_text("# changed")
+    (tmp_path / "notes").touch()
+    assert environment.commit() == head
+    (tmp_path / "package" / "other.py").write_text("# changed")
     assert environment.commit() == f"{head}+changes"
     monkeypatch.setenv("PATH", "")
     assert environment.commit() is None

@@ -100,5 +100,5 @@ def commit() -> str | None:
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     head = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..")  # the package
     return f"{head}+changes" if head and changed else head
