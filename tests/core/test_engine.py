@@ -249,3 +249,21 @@ def test_ray_runs_the_same_units(tmp_path):
         *[["done", number**2, True, ""] for number in range(3)],
     ]
     assert still_there
+
+
+@pytest.mark.slow
+def test_a_signal_lets_units_on_ray_save(tmp_path):
+    """From a driver that was started with SIGINT ignored, as in a shell's background."""
+    code = SWEEP.replace("workers=2", 'workers=2, engine="ray"')
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), "0", "600", "600"],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    until(lambda: all((tmp_path / f"u{unit}" / "pid").exists() for unit in range(3)), 60.0)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(60) == 130
+    assert [(tmp_path / f"u{unit}" / "saved").exists() for unit in range(3)] == [False, True, True]
+    assert json.loads((tmp_path / "u0" / "unit.json").read_text())["status"] == "done"

@@ -287,9 +287,11 @@ class _Ray:
 
 
 def _run_here(folder: str, threads: int) -> int:
+    # Ray cancels by SIGINT, which a worker ignores where the driver was started in a shell's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = _launch(Path(folder), threads)
     try:
-        # Ray cancels by an exception, which a plain wait would not notice.
+        # A plain wait would not notice it.
         while (code := process.poll()) is None:
             time.sleep(0.05)
         return code
@@ -345,6 +347,8 @@ def _watch_parent() -> None:
 
 
 def _main(folder: Path) -> int:
+    # Blocked signals are inherited, from Ray's workers for one.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     _watch_parent()
     content = _read(folder)
     module, _, name = content["call"].partition(":")
