@@ -103,4 +103,5 @@ def pairwise_cost(x: Tensor, y: Tensor, kind: str = "l1") -> Tensor:
             "cut both to the shared classes or vocabulary, or project them to one width"
         )
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return COSTS[kind](x.to(dtype), y.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return COSTS[kind](x.to(dtype), y.to(dtype))

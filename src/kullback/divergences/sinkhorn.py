@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences.fused import check_pair
@@ -132,9 +131,14 @@ def _plan(cost: Tensor, log_a: Tensor, log_b: Tensor, f: Tensor, g: Tensor, eps:
 
 
 def _fresh(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> _Scaled:
-    """The kernel of f and g, all scalings 1; entries too small to matter are 0, for denormal numbers are slow."""
-    kernel = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost).div_(eps).exp_()
-    kernel = torch.nn.functional.threshold(kernel, torch.finfo(kernel.dtype).tiny ** 0.75, 0.0, inplace=True)
+    """The kernel of f and g, all scalings 1; entries too small to matter are 0, for denormal numbers are slow.
+
+    Entries are large only between two weights that are smaller still, and bounded so that they never meet a weight of 0
+    as infinities.
+    """
+    tiny = torch.finfo(cost.dtype).tiny
+    kernel = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost).div_(eps).exp_().clamp_(max=tiny**-0.5)
+    kernel = torch.nn.functional.threshold(kernel, tiny**0.75, 0.0, inplace=True)
     return _Scaled(kernel, a, b, torch.ones_like(a), torch.ones_like(b), _times(b, kernel.mT))
 
 
@@ -188,8 +192,11 @@ class _WithGradients(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'gradient="envelope" has first derivatives only: for a second one (create_graph=True) take "unroll"'
+            )
         gradients: list[Tensor | None] = []
         for shape, by, dimensions in zip(ctx.shapes, ctx.saved_tensors, (2, 1, 1)):
             spread = grad.reshape(grad.shape + (1,) * dimensions)
@@ -321,7 +328,8 @@ def sinkhorn_plan(
     cost, log_a, log_b = _problem(cost.detach(), log_a, log_b)
     if start is not None and start.shape[-1:] != cost.shape[-1:]:
         raise ShapeError(f"start has shape {tuple(start.shape)}: give a g of {cost.shape[-1]} entries for this cost")
-    scaled, f, g, error, _ = _solve(cost, log_a, log_b, options, start)
+    with torch.autocast(cost.device.type, enabled=False):
+        scaled, f, g, error, _ = _solve(cost, log_a, log_b, options, start)
     plan = scaled.plan()
     return Plan(plan * cost.shape[-2] if mass == "rows" else plan, f, g, error)
 
@@ -360,12 +368,13 @@ def sinkhorn_cost(
         raise ConfigError('self_costs, the costs within either cloud, go with mode="debiased": give both or neither')
     options = _Options(eps, n_iters, tol, scaling)
     cost, log_a, log_b = _problem(cost, log_a, log_b)
-    if mode == "sharp":
-        return _sharp(cost, log_a, log_b, options, gradient)
-    value = _entropic(cost, log_a, log_b, options, gradient)
-    for own, weight in zip(self_costs or (), (log_a, log_b)):
-        value = value - 0.5 * _entropic(*_problem(own, weight, weight), options, gradient)
-    return value
+    with torch.autocast(cost.device.type, enabled=False):
+        if mode == "sharp":
+            return _sharp(cost, log_a, log_b, options, gradient)
+        value = _entropic(cost, log_a, log_b, options, gradient)
+        for own, weight in zip(self_costs or (), (log_a, log_b)):
+            value = value - 0.5 * _entropic(*_problem(own, weight, weight), options, gradient)
+        return value
 
 
 def sinkhorn_divergence(
