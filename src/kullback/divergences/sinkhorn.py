@@ -107,8 +107,10 @@ def _log_step(cost: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float)
 def _annealed(cost: Tensor, log_a: Tensor, log_b: Tensor, options: _Options) -> Tensor:
     """g after one step at each of the entropies  max C, max C scaling, max C scaling^2, ...  above eps."""
     g = torch.zeros_like(log_b)
+    if options.scaling is None:
+        return g
     eps = float(cost.detach().max())
-    while options.scaling is not None and eps > options.eps:
+    while eps > options.eps:
         _, g = _log_step(cost, log_a, log_b, g, eps)
         eps *= options.scaling
     return g
@@ -155,8 +157,7 @@ def _iterate(now: _Scaled, a: Tensor, b: Tensor, count: int) -> _Scaled:
 def _in_range(now: _Scaled) -> bool:
     """Whether the scalings are such that the entries of K that underflowed are negligible still; false for NaN."""
     bound = torch.finfo(now.kernel.dtype).tiny ** -0.25
-    ends = [torch.aminmax(scale) for scale in (now.above, now.col)]
-    return all(bool(low > 1.0 / bound) and bool(high < bound) for low, high in ends)
+    return all(bool(((scale > 1.0 / bound) & (scale < bound)).all()) for scale in (now.above, now.col))
 
 
 @torch.no_grad()
