@@ -32,8 +32,6 @@ __all__ = ["Plan", "sinkhorn_cost", "sinkhorn_divergence", "sinkhorn_plan"]
 Mode = Literal["sharp", "entropic", "debiased"]
 Gradient = Literal["envelope", "unroll"]
 
-_BLOCK = 8  # iterations between two looks at the scalings, fewer after a step in the log domain
-
 
 class Plan(NamedTuple):
     """A transport plan [..., M, N], its potentials f [..., M] and g [..., N], and the violation of its row sums.
@@ -66,9 +64,14 @@ class _Options:
 
 
 class _Scaled(NamedTuple):
-    """P = left_i K_ij right_j with left = a / above and right = b / col; row = K right is the next `above`."""
+    """P = left_i K_ij right_j with left = a / above and right = b / col, K the kernel of f and g.
+
+    row = K right, by which the next iteration divides, so that left row are the sums of P's rows.
+    """
 
     kernel: Tensor
+    f: Tensor
+    g: Tensor
     left: Tensor
     right: Tensor
     above: Tensor
@@ -78,23 +81,18 @@ class _Scaled(NamedTuple):
     def plan(self) -> Tensor:
         return self.left.unsqueeze(-1) * self.kernel * self.right.unsqueeze(-2)
 
+    def potentials(self, eps: float) -> tuple[Tensor, Tensor]:
+        return self.f - eps * self.above.log(), self.g - eps * self.col.log()
+
     def error(self, a: Tensor) -> Tensor:
         return (self.left * self.row - a).abs().sum(-1)
 
 
-class _Solution(NamedTuple):
-    scaled: _Scaled
-    f: Tensor
-    g: Tensor
-    error: Tensor
-    iterations: int
-
-
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [..., M] times matrix [..., M, N]; a matrix that all x share makes it a single product."""
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix [..., M, N] times x [..., N]; a matrix that all x share makes it a single product."""
     if x.ndim == 1 and matrix.ndim == 2:
-        return x @ matrix
-    return (x.unsqueeze(-2) @ matrix).squeeze(-2)
+        return torch.mv(matrix, x)
+    return (x.unsqueeze(-2) @ matrix.mT).squeeze(-2)
 
 
 def _log_step(cost: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -141,46 +139,56 @@ def _fresh(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float)
     tiny = torch.finfo(cost.dtype).tiny
     kernel = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost).div_(eps).exp_().clamp_(max=tiny**-0.5)
     kernel = torch.nn.functional.threshold(kernel, tiny**0.75, 0.0, inplace=True)
-    return _Scaled(kernel, a, b, torch.ones_like(a), torch.ones_like(b), _times(b, kernel.mT))
+    return _Scaled(kernel, f, g, a, b, torch.ones_like(a), torch.ones_like(b), _product(kernel, b))
 
 
 def _iterate(now: _Scaled, a: Tensor, b: Tensor, count: int) -> _Scaled:
-    kernel, left, right, above, col, row = now
+    kernel, f, g, left, right, above, col, row = now
+    transposed = kernel.mT
     for _ in range(count):
         above, left = row, a / row
-        col = _times(left, kernel)
+        col = _product(transposed, left)
         right = b / col
-        row = _times(right, kernel.mT)
-    return _Scaled(kernel, left, right, above, col, row)
+        row = _product(kernel, right)
+    return _Scaled(kernel, f, g, left, right, above, col, row)
 
 
 def _in_range(now: _Scaled) -> bool:
     """Whether the scalings are such that the entries of K that underflowed are negligible still; false for NaN."""
-    bound = torch.finfo(now.kernel.dtype).tiny ** -0.25
-    return all(bool(((scale > 1.0 / bound) & (scale < bound)).all()) for scale in (now.above, now.col))
+    scales = torch.cat((now.above, now.col), dim=-1)
+    if scales.numel() == 0:
+        return True
+    low, high = torch.aminmax(scales)
+    bound = torch.finfo(scales.dtype).tiny ** -0.25
+    return low.item() > 1.0 / bound and high.item() < bound
 
 
 @torch.no_grad()
-def _solve(cost: Tensor, log_a: Tensor, log_b: Tensor, options: _Options, start: Tensor | None = None) -> _Solution:
-    """At most n_iters iterations from g = start, or 0: blocks of scalings, a step in the log domain where they fail."""
+def _solve(
+    cost: Tensor, log_a: Tensor, log_b: Tensor, options: _Options, start: Tensor | None = None
+) -> tuple[_Scaled, int]:
+    """The scaled kernel after n_iters iterations, or fewer with tol, from g = start or 0; and how many they were.
+
+    Blocks of scalings, and where one leaves the range, a step in the log domain in its place and shorter blocks.
+    """
     eps, a, b = options.eps, log_a.exp(), log_b.exp()
+    longest = 32 if options.tol is None else 8
     if start is None:
         # From g = 0 the first kernel depends on the cost alone: many weights may share it.
         start = cost.new_zeros(cost.shape[-1]) if options.scaling is None else _annealed(cost, log_a, log_b, options)
-    f, g = (cost - start.unsqueeze(-2)).amin(-1), start
-    now = _fresh(cost, a, b, f, g, eps)
-    done, block = 0, _BLOCK
+    now = _fresh(cost, a, b, (cost - start.unsqueeze(-2)).amin(-1), start, eps)
+    done, block = 0, longest
     while done < options.n_iters:
         block = min(block, options.n_iters - done)
         tried = _iterate(now, a, b, block)
         if _in_range(tried):
-            now, done, block = tried, done + block, min(2 * block, _BLOCK)
+            now, done, block = tried, done + block, min(2 * block, longest)
         else:
-            f, g = _log_step(cost, log_a, log_b, g - eps * now.col.log(), eps)
+            f, g = _log_step(cost, log_a, log_b, now.potentials(eps)[1], eps)
             now, done, block = _fresh(cost, a, b, f, g, eps), done + 1, 1
         if options.tol is not None and bool((now.error(a) <= options.tol).all()):
             break
-    return _Solution(now, f - eps * now.above.log(), g - eps * now.col.log(), now.error(a), done)
+    return now, done
 
 
 class _WithGradients(torch.autograd.Function):
@@ -221,7 +229,8 @@ def _entropic(cost: Tensor, log_a: Tensor, log_b: Tensor, options: _Options, gra
     if gradient == "unroll":
         f, g = _unrolled(cost, log_a, log_b, options)
         return (log_a.exp() * f).sum(-1) + (log_b.exp() * g).sum(-1)
-    scaled, f, g, *_ = _solve(cost, log_a, log_b, options)
+    scaled, _ = _solve(cost, log_a, log_b, options)
+    f, g = scaled.potentials(options.eps)
     by_a, by_b = log_a.detach().exp() * f, log_b.detach().exp() * g
     value = by_a.sum(-1) + by_b.sum(-1)
     return _with_gradients(value, (cost, log_a, log_b), (scaled.plan, lambda: by_a, lambda: by_b))
@@ -236,33 +245,34 @@ def _sharp(cost: Tensor, log_a: Tensor, log_b: Tensor, options: _Options, gradie
     if gradient == "unroll":
         f, g = _unrolled(cost, log_a, log_b, options)
         return (_plan(cost, log_a, log_b, f, g, options.eps) * cost).sum((-2, -1))
-    scaled, *_, iterations = _solve(cost, log_a, log_b, options)
-    fit = cache(lambda: _additive_fit(scaled, cost, iterations))
+    scaled, iterations = _solve(cost, log_a, log_b, options)
+    weighted = scaled.kernel * cost.detach()
+    row_cost = scaled.left * _product(weighted, scaled.right)
+    fit = cache(lambda: _additive_fit(scaled, weighted, row_cost, iterations))
 
     def by_cost() -> Tensor:
         u, v = fit()
-        return scaled.plan() * (1.0 + (u.unsqueeze(-1) + v.unsqueeze(-2) - cost) / options.eps)
+        return (u.unsqueeze(-1) + v.unsqueeze(-2)).sub_(cost).div_(options.eps).add_(1.0).mul_(scaled.plan())
 
-    with torch.no_grad():
-        value = (scaled.left * _times(scaled.right, (scaled.kernel * cost).mT)).sum(-1)
     derivatives = (by_cost, lambda: log_a.exp() * fit()[0], lambda: log_b.exp() * fit()[1])
-    return _with_gradients(value, (cost, log_a, log_b), derivatives)
+    return _with_gradients(row_cost.sum(-1), (cost, log_a, log_b), derivatives)
 
 
-def _additive_fit(scaled: _Scaled, cost: Tensor, n_iters: int) -> tuple[Tensor, Tensor]:
+def _additive_fit(scaled: _Scaled, weighted: Tensor, row_cost: Tensor, n_iters: int) -> tuple[Tensor, Tensor]:
     """u [..., M] and v [..., N], the best u_i + v_j to C_ij in L2(P), by means over rows and columns of P in turn.
 
     They converge as fast as Sinkhorn's iterations; for x = left u and y = right v a step is one product.
+    weighted = K C elementwise; row_cost_i = sum_j P_ij C_ij.
     """
-    kernel, left, right, _, col, row = scaled
-    weighted = kernel * cost
-    x_mean, x_scale = left * _times(right, weighted.mT) / row, left / row
-    y_mean, y_scale = right * _times(left, weighted) / col, right / col
+    kernel, _, _, left, right, _, col, row = scaled
+    transposed = kernel.mT
+    x_mean, x_scale = row_cost / row, left / row
+    y_mean, y_scale = right * _product(weighted.mT, left) / col, right / col
     y = torch.zeros_like(y_mean)
     for _ in range(n_iters):
-        x = torch.addcmul(x_mean, x_scale, _times(y, kernel.mT), value=-1)
-        y = torch.addcmul(y_mean, y_scale, _times(x, kernel), value=-1)
-    tiny = torch.finfo(cost.dtype).tiny
+        x = torch.addcmul(x_mean, x_scale, _product(kernel, y), value=-1)
+        y = torch.addcmul(y_mean, y_scale, _product(transposed, x), value=-1)
+    tiny = torch.finfo(left.dtype).tiny
     return x / left.clamp(min=tiny), y / right.clamp(min=tiny)
 
 
@@ -330,9 +340,9 @@ def sinkhorn_plan(
     if start is not None and start.shape[-1:] != cost.shape[-1:]:
         raise ShapeError(f"start has shape {tuple(start.shape)}: give a g of {cost.shape[-1]} entries for this cost")
     with torch.autocast(cost.device.type, enabled=False):
-        scaled, f, g, error, _ = _solve(cost, log_a, log_b, options, start)
-    plan = scaled.plan()
-    return Plan(plan * cost.shape[-2] if mass == "rows" else plan, f, g, error)
+        scaled, _ = _solve(cost, log_a, log_b, options, start)
+    plan, error = scaled.plan(), scaled.error(log_a.exp())
+    return Plan(plan * cost.shape[-2] if mass == "rows" else plan, *scaled.potentials(eps), error)
 
 
 def sinkhorn_cost(
