@@ -65,9 +65,9 @@ def sinkd_loss(
         raise ConfigError(f"tau must be positive and is {tau}: None takes the outputs as they are")
     if reduction not in ("sum", "mean"):
         raise ConfigError(f'reduction is "sum" or "mean", not {reduction!r}')
-    teacher, student = _rows(teacher_logits.detach(), student_logits, mask)
-    if limit is not None and limit < len(teacher):
-        teacher, student = _draw(teacher, student, limit, generator)
+    _check_pair(teacher_logits, student_logits, mask)
+    chosen = _chosen_rows(student_logits, mask, limit, generator)
+    teacher, student = (_widened(x.flatten(0, -2)[chosen]) for x in (teacher_logits.detach(), student_logits))
     transport: dict[str, Any] = {"eps": eps, "n_iters": n_iters, "mode": estimator, "gradient": gradient}
     if mode == "batchwise":
         if ground is not None:
@@ -87,8 +87,7 @@ def sinkd_loss(
     return masked_sum(values) if reduction == "sum" else masked_mean(values)
 
 
-def _rows(teacher: Tensor, student: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows that count, [n, V] each, in float32 at least."""
+def _check_pair(teacher: Tensor, student: Tensor, mask: Tensor | None) -> None:
     if teacher.ndim < 2 or teacher.ndim != student.ndim:
         shapes = f"{tuple(teacher.shape)} for the teacher and {tuple(student.shape)} for the student"
         raise ShapeError(f"outputs have shape [b, V] or [B, T, V], the same for both models, got {shapes}")
@@ -97,28 +96,30 @@ def _rows(teacher: Tensor, student: Tensor, mask: Tensor | None) -> tuple[Tensor
             f"teacher has {teacher.shape[-1]} classes or tokens, student {student.shape[-1]}: cut both to the shared "
             "vocabulary if one is padded, or choose a student with the teacher's tokenizer"
         )
+    rows = tuple(student.shape[:-1])
     if teacher.shape != student.shape:
-        raise ShapeError(
-            f"teacher rows {tuple(teacher.shape[:-1])} and student rows {tuple(student.shape[:-1])} must match"
-        )
-    if mask is not None and mask.shape != teacher.shape[:-1]:
-        raise ShapeError(
-            f"mask has shape {tuple(mask.shape)} and the rows {tuple(teacher.shape[:-1])}: one entry a row"
-        )
-    chosen = (rows.flatten(0, -2) if mask is None else rows[mask.bool()] for rows in (teacher, student))
-    first, second = map(_widened, chosen)
-    return first, second
+        raise ShapeError(f"teacher rows {tuple(teacher.shape[:-1])} and student rows {rows} must match")
+    if mask is not None and mask.shape != rows:
+        raise ShapeError(f"mask has shape {tuple(mask.shape)} and the rows {rows}: one entry a row")
+
+
+def _chosen_rows(
+    student: Tensor, mask: Tensor | None, limit: int | None, generator: torch.Generator | None
+) -> Tensor | slice:
+    """Which of the flattened rows count, so that no others are copied."""
+    if mask is None and (limit is None or limit >= student.shape[:-1].numel()):
+        return slice(None)
+    kept = torch.ones(student.shape[:-1], device=student.device) if mask is None else mask
+    chosen = kept.flatten().nonzero().squeeze(-1)
+    if limit is None or limit >= len(chosen):
+        return chosen
+    if limit < 2 or generator is None:
+        raise ConfigError("limit draws at least 2 rows and needs a generator: kullback.core.rng.generator(seed, name)")
+    return chosen[torch.randperm(len(chosen), generator=generator, device=generator.device)[:limit].to(chosen.device)]
 
 
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _draw(teacher: Tensor, student: Tensor, limit: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    if limit < 2 or generator is None:
-        raise ConfigError("limit draws at least 2 rows and needs a generator: kullback.core.rng.generator(seed, name)")
-    drawn = torch.randperm(len(teacher), generator=generator, device=generator.device)[:limit].to(teacher.device)
-    return teacher[drawn], student[drawn]
 
 
 def _between_clouds(teacher: Tensor, student: Tensor, cost: str, transport: dict[str, Any]) -> Tensor:
