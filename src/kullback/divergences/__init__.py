@@ -15,19 +15,26 @@ from kullback.divergences.f import (
     squared_hellinger,
     total_variation,
 )
-from kullback.divergences.options import NAMES, dual, from_logits, named
+from kullback.divergences.family import FDivergence
+from kullback.divergences.generators import F_NAMES, f_divergence
+from kullback.divergences.options import NAMES, dual, from_logits, log_mixture, mixture, named
 from kullback.divergences.renyi import renyi
 
 __all__ = [
+    "F_NAMES",
     "NAMES",
+    "FDivergence",
     "alpha_divergence",
     "cauchy_schwarz",
     "dual",
+    "f_divergence",
     "from_logits",
     "generalized_jsd",
     "jeffreys",
     "jsd",
     "kl",
+    "log_mixture",
+    "mixture",
     "named",
     "neyman",
     "pearson",

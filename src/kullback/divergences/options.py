@@ -6,6 +6,7 @@ Shapes: log_p and log_q [..., V] to [...], as everywhere in this room; the refer
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -18,10 +19,10 @@ from kullback.core.errors import ConfigError
 from kullback.core.types import Divergence
 from kullback.divergences import f
 from kullback.divergences.cauchy_schwarz import cauchy_schwarz
-from kullback.divergences.f import kl  # noqa: F401
+from kullback.divergences.f import generalized_jsd, jsd, kl
 from kullback.divergences.renyi import renyi
 
-__all__ = ["NAMES", "dual", "from_logits", "named"]
+__all__ = ["NAMES", "dual", "from_logits", "log_mixture", "mixture", "named"]
 
 _BY_NAME: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(f, name) for name in f.__all__},
@@ -94,3 +95,46 @@ def dual(div: Divergence) -> Divergence:
         return div(log_q, log_p)
 
     return exchanged
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log(beta p + (1 - beta) q), elementwise and differentiable, -inf where both are; beta strictly inside (0, 1).
+
+    >>> log_mixture(torch.tensor([-torch.inf, -1e4]), torch.tensor([-torch.inf, -1e4]), 0.3)
+    tensor([   -inf, -10000.])
+    """
+    if not 0.0 < beta < 1.0:
+        raise ConfigError(f"a mixture takes a beta in (0, 1) and got {beta}: at the ends it is one of its parts")
+    from_p, from_q = log_p + math.log(beta), log_q + math.log1p(-beta)
+    nothing = (from_p == -math.inf) & (from_q == -math.inf)
+    mixed = torch.logaddexp(from_p.masked_fill(nothing, 0.0), from_q.masked_fill(nothing, 0.0))
+    return mixed.masked_fill(nothing, -math.inf)
+
+
+def mixture(div: Divergence, beta: float, normalised: bool = True) -> Divergence:
+    """beta div(p, m) + (1 - beta) div(q, m) with m = beta p + (1 - beta) q, divided by beta (1 - beta).
+
+    Normalised, its limits are div(p, q) at beta = 0 and div(q, p) at beta = 1. `kl` gives the generalized JSD; `jsd`,
+    which is that mixture at 1/2, gives the same with its weight moved to beta. Those two are accurate at any beta; any
+    other divergence is evaluated at m, which is resolved to the rounding of log m: keep beta above 0.01.
+    Raises ConfigError for beta outside [0, 1], and at 0 or 1 where it is not normalised and so zero.
+
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> mixture(jsd, 1e-6)(p, q), mixture(jsd, 0.5, normalised=False)(p, q)
+    (tensor(0.2773), tensor(0.0737))
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ConfigError(f"mixture takes a beta in [0, 1] and got {beta}: the weight of p in the mixture")
+    if beta in (0.0, 1.0) and not normalised:
+        raise ConfigError(f"mixture at beta={beta:g} is zero everywhere: normalised=True gives its limit")
+    if div in (kl, jsd):
+        return partial(generalized_jsd, beta=beta, normalised=normalised)
+    if beta in (0.0, 1.0):
+        return div if beta == 0.0 else dual(div)
+    scale = 1.0 / (beta * (1.0 - beta)) if normalised else 1.0
+
+    def mixed(log_p: Tensor, log_q: Tensor, /) -> Tensor:
+        log_m = log_mixture(log_p, log_q, beta)
+        return scale * (beta * div(log_p, log_m) + (1.0 - beta) * div(log_q, log_m))
+
+    return mixed
