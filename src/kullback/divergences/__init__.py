@@ -1,6 +1,7 @@
 """Divergences between categorical distributions, from log-probabilities, in nats and never reduced."""
 
 from kullback.divergences.cauchy_schwarz import cauchy_schwarz
+from kullback.divergences.estimators import kl_sampled
 from kullback.divergences.f import (
     alpha_divergence,
     generalized_jsd,
@@ -33,6 +34,7 @@ __all__ = [
     "jeffreys",
     "jsd",
     "kl",
+    "kl_sampled",
     "log_mixture",
     "mixture",
     "named",
