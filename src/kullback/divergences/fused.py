@@ -79,12 +79,32 @@ def carry_nan(value: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     return value + 0.0 * (log_p.amax(-1) + log_q.amax(-1))
 
 
-class _Fused(torch.autograd.Function):
-    generate_vmap_rule = True
+_BLOCK = 2**17  # elements a thread takes at a time on a CPU, so that what a kernel holds stays in the cache
 
+
+def _evaluate(kernel: Kernel, log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool) -> Terms:
+    """The kernel's terms, on a CPU a block of rows at a time: the same numbers with less memory, in less time."""
+    outcomes = log_p.shape[-1]
+    step = max(_BLOCK * torch.get_num_threads() // max(outcomes, 1), 1)
+    if log_p.device.type != "cpu" or log_p.numel() <= step * outcomes or torch.compiler.is_compiling():
+        return kernel.terms(log_p, log_q, need_p, need_q)
+    rows_p, rows_q = log_p.reshape(-1, outcomes), log_q.reshape(-1, outcomes)
+    value = rows_p.new_empty(len(rows_p))
+    grad_p = rows_p.new_empty(rows_p.shape) if need_p else None
+    grad_q = rows_q.new_empty(rows_q.shape) if need_q else None
+    for begin in range(0, len(rows_p), step):
+        rows = slice(begin, begin + step)
+        for whole, part in zip((value, grad_p, grad_q), kernel.terms(rows_p[rows], rows_q[rows], need_p, need_q)):
+            if whole is not None and part is not None:
+                whole[rows] = part
+    gradients = (None if grad is None else grad.view(log_p.shape) for grad in (grad_p, grad_q))
+    return Terms(value.view(log_p.shape[:-1]), *gradients)
+
+
+class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(kernel: Kernel, log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool) -> tuple[Any, ...]:
-        return tuple(kernel.terms(log_p, log_q, need_p, need_q))
+        return tuple(_evaluate(kernel, log_p, log_q, need_p, need_q))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -93,6 +113,16 @@ class _Fused(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scales = [s if g is not None else None for s, g in zip((inputs[0].scale_p, inputs[0].scale_q), output[1:])]
         ctx.save_for_backward(*gradients)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], kernel: Kernel, *inputs: Any) -> tuple[Any, ...]:
+        """A mapped dimension is one more dimension of rows."""
+        log_p, log_q = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(inputs[:2], in_dims[1:3])
+        )
+        outputs = _Fused.apply(kernel, log_p, log_q, *inputs[2:])
+        return outputs, tuple(None if x is None else 0 for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -113,7 +143,5 @@ def fused(kernel: Kernel, log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p, log_q = check_pair(log_p, log_q)
     recording = torch.is_grad_enabled()
     need_p, need_q = recording and log_p.requires_grad, recording and log_q.requires_grad
-    if not (need_p or need_q):
-        return kernel.terms(log_p, log_q, False, False).value
     value: Tensor = _Fused.apply(kernel, log_p, log_q, need_p, need_q)[0]
     return value
