@@ -45,7 +45,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one seed of a reproduction may take: seconds, on so many threads."""
+    """What a reproduction may take, all its seeds one after the other: seconds, on so many threads."""
 
     seconds: float
     threads: int = 1
