@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-_ROOMS = ("core", "data", "distill", "divergences", "jobs", "models", "papers")
+_ROOMS = (
+    "align", "core", "data", "diagnose", "distill", "divergences", "jobs", "models", "optim", "papers", "sample", "stream",
+)  # fmt: skip
 __all__ = ["__version__", *_ROOMS]
 
 

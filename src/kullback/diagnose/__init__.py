@@ -1,0 +1,1 @@
+"""Statistics that tell how well a model or a training run fares."""
