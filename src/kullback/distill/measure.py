@@ -1,0 +1,71 @@
+"""How far a student is from the text and from its teacher: cross-entropy, perplexity, divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kullback.core.types import Divergence, Teacher
+from kullback.distill._hf import has_plain_head, replaced_head
+from kullback.distill.objective import Objective
+from kullback.divergences import kl
+
+__all__ = ["measure"]
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    blocks: Sequence[dict[str, Tensor]],
+    teacher: Teacher | None = None,
+    *,
+    divergence: Divergence = kl,
+    batch: int = 8,
+    vocabulary: int | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """Mean cross-entropy (nats a token), its perplexity and, with a teacher, the mean divergence (nats a token).
+
+    blocks: items with input_ids [T]; model: a causal language model or its DDP or FSDP wrapper; reduce: sums a tensor
+    over processes that each hold their own blocks.
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    try:
+        for start in range(0, len(blocks), batch):
+            rows = [blocks[index]["input_ids"] for index in range(start, min(start + batch, len(blocks)))]
+            totals += _batch_totals(model, torch.stack(rows).to(device), teacher, divergence, vocabulary)
+    finally:
+        model.train(training)
+    tokens, cross_entropy, distance = (totals if reduce is None else reduce(totals)).tolist()
+    found = {"cross_entropy": cross_entropy / max(tokens, 1)}
+    found["perplexity"] = math.exp(min(found["cross_entropy"], 700.0))
+    if teacher is not None:
+        found["divergence"] = distance / max(tokens, 1)
+    return found
+
+
+def _batch_totals(model: Any, ids: Tensor, teacher: Teacher | None, divergence: Divergence, size: int | None) -> Tensor:
+    mask = torch.ones_like(ids)
+    target = None if teacher is None else teacher(ids, mask)
+    parts = [Objective(divergence=divergence, cross_entropy=1.0)]
+    parts += [] if teacher is None else [Objective(divergence=divergence, cross_entropy=0.0)]
+
+    def sums(student: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return torch.stack([part.loss(target, student, ids, weight=weight, bias=bias, count=1) for part in parts])
+
+    bare = getattr(model, "module", model)
+    if has_plain_head(bare):
+        head = bare.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[:size]
+        with replaced_head(bare, lambda hidden: sums(hidden, head.weight[:size], bias)):
+            found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    else:
+        found = sums(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., :size])
+    tokens = ids[:, 1:].numel()
+    return torch.tensor([tokens, *found.tolist(), *[0.0] * (2 - len(parts))], dtype=torch.float64, device=ids.device)

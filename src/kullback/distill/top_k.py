@@ -1,0 +1,85 @@
+r"""A divergence from a truncated teacher: its K most likely tokens and one bin for all the rest.
+
+Both distributions are brought to K + 1 outcomes, the kept tokens and the tail, and compared there. By data processing
+the result never exceeds the full f-divergence; for the forward KL the difference is exactly
+
+    p_tail \* KL(p(.|tail) || q(.|tail))  <=  p_tail \* log(p_K / (p_tail \* min_tail q(.|tail))),
+
+because no tail token is likelier than p_K, the least likely token kept.
+
+Shapes: K tokens kept, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ShapeError
+from kullback.core.types import Divergence
+
+__all__ = ["coarsen", "keep_top", "top_k_divergence", "truncation_bound"]
+
+
+def keep_top(log_p: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `kept` most likely tokens of log_p [..., V]: ids [..., K], log-probabilities [..., K], log tail mass [...].
+
+    Raises ShapeError unless 1 <= kept < V.
+
+    >>> ids, top, tail = keep_top(torch.tensor([0.5, 0.3, 0.1, 0.1]).log(), 2)
+    >>> ids.tolist(), tail.exp()
+    ([0, 1], tensor(0.2000))
+    """
+    if not 1 <= kept < log_p.shape[-1]:
+        raise ShapeError(f"the tokens kept must be between 1 and {log_p.shape[-1] - 1} of the vocabulary, got {kept}")
+    top, ids = log_p.topk(kept, -1)
+    return ids, top, _rest(log_p, ids)
+
+
+def coarsen(log_q: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [..., V] over the outcomes ids [..., K] and the tail: [..., K + 1].
+
+    >>> coarsen(torch.tensor([0.5, 0.3, 0.1, 0.1]).log(), torch.tensor([1])).exp()
+    tensor([0.3000, 0.7000])
+    """
+    return torch.cat([log_q.gather(-1, ids), _rest(log_q, ids).unsqueeze(-1)], -1)
+
+
+def top_k_divergence(
+    divergence: Divergence, ids: Tensor, top_log_probs: Tensor, tail_log_prob: Tensor, log_q: Tensor
+) -> Tensor:
+    """The divergence [...] between a truncated teacher and log_q [..., V], in nats, on the K + 1 outcomes.
+
+    ids and top_log_probs are [..., K], tail_log_prob is [...]. Raises ShapeError when a kept token is outside of V.
+
+    >>> from kullback.divergences import kl
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> top_k_divergence(kl, *keep_top(p, 2), q), kl(p, q)
+    (tensor(0.2773), tensor(0.2773))
+    """
+    if ids.numel() and int(ids.max()) >= log_q.shape[-1]:
+        raise ShapeError(
+            f"the teacher kept token {int(ids.max())} and the student has {log_q.shape[-1]} tokens: "
+            "give a student with the teacher's tokenizer"
+        )
+    log_p = torch.cat([top_log_probs, tail_log_prob.unsqueeze(-1)], -1)
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # what was stored in half precision sums to 1 again
+    return divergence(log_p.to(log_q.dtype), coarsen(log_q, ids))
+
+
+def truncation_bound(top_log_probs: Tensor, tail_log_prob: Tensor, vocabulary: int, *, ratio: float = 1.0) -> Tensor:
+    """A bound [...], in nats, on what truncation takes from KL(teacher || student).
+
+    It holds for every student that gives each tail token at least 1 / (ratio (V - K)) of its tail mass; ratio = 1 is a
+    student that is uniform over the tail.
+    """
+    rest = vocabulary - top_log_probs.shape[-1]
+    spread = top_log_probs[..., -1] - tail_log_prob + math.log(rest)
+    return tail_log_prob.exp() * (spread.clamp(min=0) + math.log(ratio))
+
+
+def _rest(log_q: Tensor, ids: Tensor) -> Tensor:
+    # Summed over the tail itself: 1 - sum of the kept loses every digit once the student is sure of them.
+    return log_q.scatter(-1, ids, -math.inf).logsumexp(-1)

@@ -1,0 +1,201 @@
+"""Teachers out of memory: a cache on disk and a small server, both against the live model."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+
+from kullback.core.errors import ConfigError, DataError
+from kullback.core.rng import generator
+from kullback.distill._hf import LiveTeacher
+from kullback.distill.served import ServedTeacher
+from kullback.distill.teachers import CachedTeacher, is_teacher_cache, teacher_logits, write_teacher_cache
+from kullback.models.small import small_llama
+
+V, T, K = 60, 12, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_llama(V, hidden=16, layers=1, heads=2, length=T, generator=generator(0, "teacher")).eval()
+
+
+@pytest.fixture
+def blocks(generator):
+    return [{"input_ids": torch.randint(0, V, (T,), generator=generator)} for _ in range(7)]
+
+
+def log_probs(model, ids):
+    with torch.no_grad():
+        return model(ids).logits.log_softmax(-1)
+
+
+def write(model, blocks, folder, **options):
+    return write_teacher_cache(
+        teacher_logits(LiveTeacher(model)), blocks, folder, kept=K, vocabulary=V, batch=2, shard=3, **options
+    )
+
+
+def test_a_cache_returns_what_the_live_teacher_said(model, blocks, tmp_path):
+    summary = write(model, blocks, tmp_path / "cache")
+    assert is_teacher_cache(tmp_path / "cache")
+    teacher = CachedTeacher(tmp_path / "cache")
+    ids = torch.stack([blocks[index]["input_ids"] for index in (6, 0, 3)])
+    said, expected = teacher(ids, torch.ones_like(ids)), log_probs(model, ids)
+    torch.testing.assert_close(said.top_log_probs, expected.gather(-1, said.top_ids), atol=4e-3, rtol=0)
+    assert torch.equal(said.top_ids, expected.topk(K, -1).indices)
+    mass = said.top_log_probs.exp().sum(-1) + said.tail_log_prob.exp()
+    torch.testing.assert_close(mass, torch.ones(3, T), atol=4e-3, rtol=0)
+    stored = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert summary.bytes_per_token == stored / (7 * T)
+    assert 0 < summary.tail_mass < 1
+    assert 0 < summary.kl_bound < summary.kl_bound_1000
+
+
+def test_a_cache_is_asked_only_about_what_it_holds(model, blocks, tmp_path):
+    write(model, blocks, tmp_path / "cache", temperature=2.0)
+    with pytest.raises(ConfigError, match=r"temperature 2.0 and the objective asks for 1.0"):
+        CachedTeacher(tmp_path / "cache")
+    teacher = CachedTeacher(tmp_path / "cache", temperature=2.0)
+    other = torch.zeros(1, T, dtype=torch.long)
+    with pytest.raises(DataError, match="not in the teacher cache"):
+        teacher(other, other)
+
+
+def test_a_temperature_is_applied_before_truncation(model, blocks, tmp_path):
+    write(model, blocks, tmp_path / "cache", temperature=2.0)
+    ids = blocks[0]["input_ids"][None]
+    said = CachedTeacher(tmp_path / "cache", temperature=2.0)(ids, ids)
+    with torch.no_grad():
+        expected = (model(ids).logits / 2).log_softmax(-1).topk(K, -1).values
+    torch.testing.assert_close(said.top_log_probs, expected, atol=4e-3, rtol=0)
+
+
+def test_damage_and_emptiness_are_said(model, blocks, tmp_path):
+    with pytest.raises(DataError, match="no block"):
+        write(model, [], tmp_path / "empty")
+    write(model, blocks, tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00000.safetensors").write_bytes(b"\x00" * 40)
+    ids = blocks[0]["input_ids"][None]
+    with pytest.raises(DataError, match="shard 0 .* damaged"):
+        CachedTeacher(tmp_path / "cache")(ids, ids)
+    (tmp_path / "cache" / "teacher-cache.json").write_text("{")
+    with pytest.raises(DataError, match="not a readable teacher cache"):
+        CachedTeacher(tmp_path / "cache")
+
+
+def test_a_cache_that_fails_half_way_leaves_nothing(model, blocks, tmp_path):
+    def fails(ids):
+        raise DataError("the teacher went away")
+
+    with pytest.raises(DataError, match="went away"):
+        write_teacher_cache(fails, blocks, tmp_path / "cache", kept=K, vocabulary=V)
+    assert not list(tmp_path.iterdir())
+
+
+class _Server:
+    """An OpenAI-compatible server of one model, in a thread; `dialect` chooses how it answers."""
+
+    def __init__(self, model, dialect="prompt_logprobs"):
+        self.failures, self.requests = 0, 0
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                self.answer(200, {"data": [{"id": "small"}]})
+
+            def do_POST(self):
+                owner.requests += 1
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if owner.failures:
+                    owner.failures -= 1
+                    return self.answer(503, {"error": "busy"})
+                choices = [owner.choice(model, row, body["logprobs"], dialect) for row in body["prompt"]]
+                return self.answer(200, {"choices": [{"index": i, **c} for i, c in enumerate(choices)][::-1]})
+
+            def answer(self, code, body):
+                data = json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def choice(model, row, kept, dialect):
+        top = log_probs(model, torch.tensor([row]))[0].topk(kept, -1)
+        pairs = [list(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(top.indices, top.values, strict=True)]
+        if dialect == "prompt_logprobs":
+            said = [{str(i): {"logprob": v} for i, v in entry} for entry in pairs]
+            return {"text": "", "prompt_logprobs": [None, *said[:-1]]}
+        if dialect == "echo":
+            said = [{f"token_id:{i}": v for i, v in entry} for entry in pairs]
+            return {"text": "", "logprobs": {"top_logprobs": [None, *said]}}
+        if dialect == "text":
+            return {"text": "", "logprobs": {"top_logprobs": [None, *[{"the": -0.1}] * len(pairs)]}}
+        return {"text": ""}
+
+
+@pytest.fixture
+def server(model):
+    made = []
+
+    def make(dialect="prompt_logprobs"):
+        made.append(_Server(model, dialect))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+@pytest.mark.parametrize("dialect", ["prompt_logprobs", "echo"])
+def test_a_served_teacher_says_what_the_live_one_says(model, blocks, server, dialect):
+    ids = torch.stack([block["input_ids"] for block in blocks[:3]])
+    said = ServedTeacher(server(dialect).url, vocabulary=V, kept=K)(ids, torch.ones_like(ids))
+    expected = log_probs(model, ids)[:, :-1]
+    torch.testing.assert_close(said.top_log_probs[:, :-1], expected.topk(K, -1).values, atol=1e-5, rtol=0)
+    assert torch.equal(said.top_ids[:, :-1], expected.topk(K, -1).indices)
+    rest = (1 - expected.topk(K, -1).values.exp().sum(-1)).log()
+    torch.testing.assert_close(said.tail_log_prob[:, :-1], rest, atol=1e-4, rtol=0)
+
+
+def test_a_busy_server_is_asked_again(model, blocks, server):
+    one = server()
+    teacher = ServedTeacher(one.url, vocabulary=V, kept=K)
+    one.failures = 2
+    ids = blocks[0]["input_ids"][None]
+    assert torch.isfinite(teacher(ids, ids).top_log_probs).all()
+    assert one.requests == 3
+
+
+@pytest.mark.parametrize(("dialect", "message"), [("none", "prompt_logprobs=5"), ("text", "token ids")])
+def test_answers_without_what_is_needed(blocks, server, dialect, message):
+    teacher = ServedTeacher(server(dialect).url, vocabulary=V, kept=K)
+    ids = blocks[0]["input_ids"][None]
+    with pytest.raises(DataError, match=message):
+        teacher(ids, ids)
+
+
+def test_no_server_at_all():
+    with pytest.raises(DataError, match="is it running"):
+        ServedTeacher("http://127.0.0.1:9/v1", vocabulary=V, retries=0)
+
+
+def test_log_probability_of_minus_infinity_stays_usable(blocks):
+    teacher = ServedTeacher.__new__(ServedTeacher)
+    teacher.url, teacher.kept = "here", 2
+    entry = {"1": {"logprob": 0.0}, "2": {"logprob": -math.inf}}
+    ids, values = teacher._row({"prompt_logprobs": [None, entry, entry]}, 3)
+    assert ids[0] == [1, 2]
+    assert values[0] == [0.0, -1e4]

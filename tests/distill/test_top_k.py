@@ -1,0 +1,79 @@
+"""Truncated teachers: exact on what is kept, bounded on what is not."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kullback.core.errors import ShapeError
+from kullback.distill.top_k import coarsen, keep_top, top_k_divergence, truncation_bound
+from kullback.divergences import jsd, kl, reverse_kl, total_variation
+
+
+def _pair(seed: int, vocabulary: int, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 5, vocabulary, generator=draw, dtype=torch.float64) * scale
+    return tuple(logits.log_softmax(-1))
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 10_000), vocabulary=st.integers(3, 40), data=st.data())
+def test_coarse_divergence_is_below_the_full_one_and_within_the_bound(seed, vocabulary, data):
+    kept = data.draw(st.integers(1, vocabulary - 1))
+    log_p, log_q = _pair(seed, vocabulary)
+    top = keep_top(log_p, kept)
+    for divergence in (kl, reverse_kl, jsd, total_variation):
+        assert (top_k_divergence(divergence, *top, log_q) <= divergence(log_p, log_q) + 1e-12).all()
+    ids, log_probs, tail = top
+    lost = kl(log_p, log_q) - top_k_divergence(kl, *top, log_q)
+    conditional = log_q.scatter(-1, ids, -math.inf).log_softmax(-1)
+    smallest = conditional.masked_fill(torch.isinf(conditional), math.inf).min(-1).values
+    for row in range(len(lost)):
+        ratio = max(1.0, math.exp(-smallest[row]) / (vocabulary - kept))
+        bound = truncation_bound(log_probs[row], tail[row], vocabulary, ratio=ratio)
+        assert lost[row] <= bound + 1e-12
+
+
+def test_the_loss_of_truncation_is_the_tail_s_own_divergence():
+    log_p, log_q = _pair(3, 12)
+    ids, log_probs, tail = keep_top(log_p, 4)
+    lost = kl(log_p, log_q) - top_k_divergence(kl, ids, log_probs, tail, log_q)
+    inside = torch.ones_like(log_p).scatter(-1, ids, 0.0).bool()
+    p_tail = log_p[inside].view(5, 8).log_softmax(-1)
+    q_tail = log_q[inside].view(5, 8).log_softmax(-1)
+    torch.testing.assert_close(lost, tail.exp() * kl(p_tail, q_tail))
+
+
+def test_all_but_one_token_kept_is_exact():
+    log_p, log_q = _pair(4, 9)
+    torch.testing.assert_close(top_k_divergence(kl, *keep_top(log_p, 8), log_q), kl(log_p, log_q))
+
+
+def test_a_sure_student_keeps_its_tail_s_digits():
+    log_q = torch.tensor([60.0, 1.0, 0.0, -1.0]).log_softmax(-1)
+    tail = coarsen(log_q, torch.tensor([0]))[-1]
+    expected = log_q[1:].logsumexp(0)
+    torch.testing.assert_close(tail, expected)
+    naive = torch.log1p(-log_q[:1].exp().sum())
+    assert not torch.isfinite(naive), "the wrong way loses the tail, so this test can tell"
+
+
+def test_gradient_is_that_of_the_coarse_problem():
+    log_p, logits = _pair(5, 7)
+    logits = logits.clone().requires_grad_()
+    top = keep_top(log_p, 3)
+    assert torch.autograd.gradcheck(lambda z: top_k_divergence(kl, *top, z.log_softmax(-1)), logits)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 9])
+def test_impossible_numbers_of_kept_tokens(kept):
+    with pytest.raises(ShapeError, match="between 1 and 6"):
+        keep_top(torch.zeros(7).log_softmax(-1), kept)
+
+
+def test_a_token_outside_the_student_s_vocabulary():
+    top = keep_top(torch.randn(9, generator=torch.Generator().manual_seed(0)).sort().values.log_softmax(-1), 2)
+    with pytest.raises(ShapeError, match="student has 5 tokens"):
+        top_k_divergence(kl, *top, torch.zeros(5).log_softmax(-1))
