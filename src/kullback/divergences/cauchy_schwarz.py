@@ -20,7 +20,8 @@ def _softmax_(scores: Tensor) -> tuple[Tensor, Tensor]:
     """In place: exp(scores) divided by its sum, and the logarithm of that sum [...] (-inf when nothing is left)."""
     top = scores.amax(-1, keepdim=True).clamp_(min=-1e38)
     total = scores.sub_(top).exp_().sum(-1, keepdim=True)
-    return scores.div_(total), (total.log() + top).squeeze(-1)
+    # the total is at least 1, or 0 when nothing is left: then all scores are 0 and no NaN reaches a gradient
+    return scores.div_(total.clamp(min=1.0)), (total.log() + top).squeeze(-1)
 
 
 def _cauchy_schwarz(log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool) -> Terms:

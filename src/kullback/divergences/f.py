@@ -41,7 +41,7 @@ def _kl(log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool) -> Terms:
     p = log_p.exp()
     ratio = log_ratio(log_p, log_q)
     infinite = ratio.amax(-1) == math.inf
-    product = ratio.clamp_(min=-1e38).mul_(p)
+    product = ratio.clamp_(-1e38, 1e38).mul_(p)
     value = product.sum(-1).masked_fill(infinite, math.inf)
     return Terms(carry_nan(value, log_p, log_q), product if need_p else None, p if need_q else None)
 
@@ -188,11 +188,11 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, *, alpha: float) -> Tensor:
 def _alpha(log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool, *, alpha: float, scale: float) -> Terms:
     """With w = p^a q^(1-a): gradients (p-w)/(1-a) and (q-w)/a, which sum to the value; for a >= 1/2 away from 1."""
     p, q = log_p.exp(), log_q.exp()
-    w = (log_p - log_q).mul_(alpha - 1.0).add_(log_p).exp_().nan_to_num_(nan=0.0, posinf=math.inf)
+    w = (log_p - log_q).mul_(alpha - 1.0).add_(log_p).exp_().nan_to_num_(nan=0.0)
+    infinite = w.amax(-1) == torch.finfo(w.dtype).max
     by_p, by_q = p.sub_(w), q.sub_(w)
-    sum_p = by_p.sum(-1)
-    value = scale * (sum_p / (1.0 - alpha) + by_q.sum(-1) / alpha)
-    value = value.masked_fill(sum_p == -math.inf, math.inf)
+    value = scale * (by_p.sum(-1) / (1.0 - alpha) + by_q.sum(-1) / alpha)
+    value = value.masked_fill(infinite, math.inf)
     return Terms(value, by_p if need_p else None, by_q if need_q else None)
 
 
@@ -200,8 +200,9 @@ def _alpha_near_one(log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool, *,
     """The same through expm1, smooth at alpha = 1: with A = p expm1((a-1) log(p/q))/(a-1), it is sum (A + q - p)/a."""
     p, q = log_p.exp(), log_q.exp()
     by_p = (log_p - log_q).mul_(alpha - 1.0).expm1_().div_(alpha - 1.0)
-    by_p.mul_(p).nan_to_num_(nan=0.0, posinf=math.inf)
-    value = q.sub_(p).add_(by_p).sum(-1) * (scale / alpha)
+    by_p.mul_(p).nan_to_num_(nan=0.0)
+    infinite = by_p.amax(-1) == torch.finfo(by_p.dtype).max
+    value = (q.sub_(p).add_(by_p).sum(-1) * (scale / alpha)).masked_fill(infinite, math.inf)
     by_q = p.add_(by_p, alpha=alpha - 1.0).neg_() if need_q else None
     return Terms(value, by_p if need_p else None, by_q)
 

@@ -41,7 +41,7 @@ def _renyi_near_one(log_p: Tensor, log_q: Tensor, need_p: bool, need_q: bool, *,
     tilt = log_ratio(log_p, log_q).mul_(alpha - 1.0)
     excess = tilt.expm1().mul_(p).sum(-1)
     near = excess.abs() < 0.5
-    value = torch.where(near, excess.log1p() / (alpha - 1.0), far)
+    value = carry_nan(torch.where(near, excess.log1p() / (alpha - 1.0), far), log_p, log_q)
     if not need_p:
         return Terms(value, None, share)
     log_total = ((alpha - 1.0) * value).unsqueeze(-1)
