@@ -19,6 +19,9 @@ __all__ = ["application", "execute", "main"]
 
 # In the order of the help. A command is a module of this package and its function, or Typer group, of the same name.
 _COMMANDS = (
+    "papers",
+    "show",
+    "reproduce",
     "runs",
     "doctor",
 )

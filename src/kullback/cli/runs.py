@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from kullback.cli._text import print_json, print_table
 
 __all__ = ["runs"]
 
@@ -27,12 +28,12 @@ def list_runs(
 
     rows = RunIndex(root).rows()
     if json_:
-        _print_json(rows)
+        print_json(rows)
         return
     if not rows:
         typer.echo(f"no runs below {root}")
         return
-    _print_table(["run", "kind", "seed", "status", "started", "step", "checkpoints"], [_cells(row) for row in rows])
+    print_table(["run", "kind", "seed", "status", "started", "step", "checkpoints"], [_cells(row) for row in rows])
 
 
 @runs.command("show")
@@ -40,13 +41,13 @@ def show_run(run: Annotated[Path, typer.Argument(help="A run directory.")], json
     """Show the configuration, environment, metrics and files of a run."""
     content = _content(run)
     if json_:
-        _print_json(content)
+        print_json(content)
         return
     typer.echo(content["path"])
     for title in ("run", "config", "environment", "metrics"):
         if content[title]:
             typer.echo(f"\n{title}")
-            _print_table([], [[key, _value(value)] for key, value in sorted(content[title].items())])
+            print_table([], [[key, _value(value)] for key, value in sorted(content[title].items())])
     typer.echo("\nfiles")
     for name in content["files"]:
         typer.echo(f"  {run / name}")
@@ -62,14 +63,14 @@ def compare_runs(
     one, two = _content(first), _content(second)
     found = {title: _differences(one[title], two[title]) for title in ("run", "config", "environment", "metrics")}
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     if not any(found.values()):
         typer.echo("no difference")
     for title, entries in found.items():
         if entries:
             typer.echo(title)
-            _print_table([], [[key, _value(values[0]), "->", _value(values[1])] for key, values in entries.items()])
+            print_table([], [[key, _value(values[0]), "->", _value(values[1])] for key, values in entries.items()])
 
 
 @runs.command("prune")
@@ -91,7 +92,7 @@ def prune_runs(
             run.prune_checkpoints(keep)
     if json_:
         paths = [str(path) for _, path in old]
-        _print_json({"checkpoints": paths, "bytes": sum(sizes), "removed": yes})
+        print_json({"checkpoints": paths, "bytes": sum(sizes), "removed": yes})
         return
     for (_, path), size in zip(old, sizes):
         typer.echo(f"{_size(size):>10}  {path}")
@@ -122,27 +123,6 @@ def _differences(one: dict[str, Any], two: dict[str, Any]) -> dict[str, list[Any
     pairs = {key: [one.get(key), two.get(key)] for key in keys}
     # Compared as text, in which what is not a number equals itself.
     return {key: pair for key, pair in pairs.items() if json.dumps(pair[0]) != json.dumps(pair[1])}
-
-
-def _print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """Columns of plain text, the last one ragged."""
-    lines = [titles, *rows] if titles else rows
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        typer.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(_finite(content), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a number or infinite; null stands for both."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _value(value: Any) -> str:

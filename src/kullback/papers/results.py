@@ -11,7 +11,7 @@ import kullback
 from kullback.core.cards import Paper
 from kullback.core.errors import DataError
 
-__all__ = ["checkout", "load_result", "results_directory", "standing", "tally"]
+__all__ = ["checkout", "figure_path", "load_result", "paper_command", "results_directory", "standing", "tally"]
 
 
 def checkout() -> Path | None:
@@ -43,10 +43,17 @@ def load_result(slug: str, folder: Path | None = None) -> dict[str, Any] | None:
         for claim in content["claims"]:
             claim["key"], claim["verdict"], claim["value"], claim["spread"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        name = paper_command(slug)
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): run `{name}` again") from error
+        remedy = f"run `{paper_command(slug)}` again"
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
     found: dict[str, Any] = content
     return found
+
+
+def figure_path(slug: str) -> Path | None:
+    """The figure beside the result of a paper, or None."""
+    folder = results_directory()
+    path = None if folder is None else folder / f"{slug}.svg"
+    return path if path is not None and path.is_file() else None
 
 
 def paper_command(slug: str) -> str:
