@@ -20,6 +20,7 @@ from kullback.core.types import Divergence
 from kullback.divergences import f
 from kullback.divergences.cauchy_schwarz import cauchy_schwarz
 from kullback.divergences.f import generalized_jsd, jsd, kl
+from kullback.divergences.fused import check_pair
 from kullback.divergences.renyi import renyi
 
 __all__ = ["NAMES", "dual", "from_logits", "log_mixture", "mixture", "named"]
@@ -134,6 +135,7 @@ def mixture(div: Divergence, beta: float, normalised: bool = True) -> Divergence
     scale = 1.0 / (beta * (1.0 - beta)) if normalised else 1.0
 
     def mixed(log_p: Tensor, log_q: Tensor, /) -> Tensor:
+        log_p, log_q = check_pair(log_p, log_q)
         log_m = log_mixture(log_p, log_q, beta)
         return scale * (beta * div(log_p, log_m) + (1.0 - beta) * div(log_q, log_m))
 
