@@ -8,7 +8,8 @@ Shapes: N rows, H hidden size (each head its own), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ RowLoss = Callable[..., Tensor]
 
 # Logits of one head held at once. On a processor more would leave its caches; an accelerator wants large products.
 _ENTRIES_CPU, _ENTRIES_ACCELERATOR = 1 << 22, 1 << 26
+_BLOCK = 1 << 17
 _FEWEST_ROWS = 128  # with fewer, reading the weights would take longer than the product
 
 
@@ -87,14 +89,17 @@ def linear_chunked_values(
     >>> linear_chunked_values(kl, h, w, h.flip(0), w)
     tensor([0.3278, 0.0000, 0.4338])
     """
-    heads, _ = _prepare(hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, None, None)
-    row_loss, count = _of_logits(divergence, temperature), heads[0].hidden.shape[0]
-    step = _chunk(chunk, heads)
-    parts = [
-        row_loss(rows, *(_logits(head, rows) for head in map(_widened, heads)))
-        for rows in (slice(start, min(start + step, count)) for start in range(0, count, step))
-    ]
-    values = torch.cat(parts) if parts else heads[0].hidden.new_zeros(0, dtype=torch.float32)
+    heads, scale = _prepare(hidden_p, weight_p, hidden_q, weight_q, bias_p, bias_q, None, None)
+    row_loss, step = _of_logits(divergence, temperature), _chunk(chunk, heads)
+    heads = [_of_one_type(head) for head in heads]
+    values = torch.empty_like(scale)
+    with torch.autocast(scale.device.type, enabled=False):
+        rooms = [_room(head, step) for head in heads]
+        for rows in _parts(slice(0, len(values)), step):
+            logits = [_logits(head, rows, room) for head, room in zip(heads, rooms, strict=True)]
+            for block in _parts(slice(0, rows.stop - rows.start), _block(heads)):
+                place = slice(rows.start + block.start, rows.start + block.stop)
+                values[place] = row_loss(place, *(_widened(z[block]) for z in logits))
     return values.reshape(hidden_p.shape[:-1])
 
 
@@ -120,10 +125,8 @@ def rows_chunked(loss: RowLoss, heads: Sequence[LinearHead], scale: Tensor, *, c
 
 class _RowsChunked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, loss: RowLoss, scale: Tensor, step: int, needs: tuple[bool, ...], *tensors: Any
-    ) -> Tensor:
-        heads = [_widened(LinearHead(*tensors[i : i + 3])) for i in range(0, len(tensors), 3)]
+    def forward(ctx: Any, loss: RowLoss, scale: Tensor, step: int, needs: tuple[bool, ...], *tensors: Any) -> Tensor:
+        heads = [_of_one_type(LinearHead(*tensors[i : i + 3])) for i in range(0, len(tensors), 3)]
         wants = [needs[i : i + 3] for i in range(0, len(needs), 3)]
         with torch.autocast(scale.device.type, enabled=False):
             total, gradients = _accumulate(loss, scale, step, heads, wants)
@@ -141,30 +144,43 @@ class _RowsChunked(torch.autograd.Function):
             raise RuntimeError("a chunked loss gives its gradient once: compute the loss again for another backward")
         # In place, since a head's gradient can be as large as the model; so it can be given out once only.
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, None, *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients)
+        return None, None, None, None, *(None if g is None else g.mul_(grad) for g in gradients)
 
 
 def _accumulate(
     loss: RowLoss, scale: Tensor, step: int, heads: list[LinearHead], wants: list[tuple[bool, ...]]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss, and for each tensor of each head its gradient where it is wanted."""
-    total = torch.zeros((), dtype=scale.dtype, device=scale.device)
+    total = torch.zeros((), dtype=_wide(scale, *(head.hidden for head in heads)), device=scale.device)
     gradients = [_zeros(head, want) for head, want in zip(heads, wants, strict=True)]
-    for start in range(0, len(scale), step):
-        rows = slice(start, min(start + step, len(scale)))
-        logits = [_logits(head, rows) for head in heads]
-        live = [z.requires_grad_() for z, want in zip(logits, wants, strict=True) if any(want)]
-        with torch.enable_grad() if live else torch.no_grad():
-            values = loss(rows, *logits)
-        total += (values.detach() * scale[rows]).sum()
-        if not live:
-            continue
-        slopes = iter(torch.autograd.grad(values, live, scale[rows].to(values.dtype)))
-        del values, logits, live
-        for head, want, gradient in zip(heads, wants, gradients, strict=True):
+    rooms = [_room(head, step) for head in heads]
+    for rows in _parts(slice(0, len(scale)), step):
+        logits = [_logits(head, rows, room) for head, room in zip(heads, rooms, strict=True)]
+        for block in _parts(rows, _block(heads)):
+            inside = slice(block.start - rows.start, block.stop - rows.start)
+            pieces = [z[inside] for z in logits]
+            total += _differentiated(loss, block, scale[block], pieces, [any(want) for want in wants])
+        for head, want, gradient, slope in zip(heads, wants, gradients, logits, strict=True):
             if any(want):
-                _add(gradient, head, rows, next(slopes).to(head.hidden.dtype))
+                _add(gradient, head, rows, slope)
     return total, [tensor for gradient in gradients for tensor in gradient]
+
+
+def _differentiated(loss: RowLoss, block: slice, scale: Tensor, pieces: list[Tensor], wants: list[bool]) -> Tensor:
+    """The loss of a block of rows; its gradient by the logits that want one takes the place of these logits."""
+    logits = [_widened(piece).detach().requires_grad_(want) for piece, want in zip(pieces, wants, strict=True)]
+    with torch.set_grad_enabled(any(wants)):
+        values = loss(block, *logits)
+    if any(wants):
+        live = [z for z in logits if z.requires_grad]
+        slopes: Iterator[Tensor | None] = iter([None] * len(live))
+        if values.requires_grad:
+            slopes = iter(torch.autograd.grad(values, live, scale.to(values.dtype), allow_unused=True))
+        for piece, want in zip(pieces, wants, strict=True):
+            if want:
+                slope = next(slopes)
+                piece.zero_() if slope is None else piece.copy_(slope)
+    return (values.detach() * scale).sum()
 
 
 def _add(gradient: list[Tensor | None], head: LinearHead, rows: slice, slope: Tensor) -> None:
@@ -191,20 +207,39 @@ def _zeros(head: LinearHead, want: tuple[bool, ...]) -> list[Tensor | None]:
     ]
 
 
-def _logits(head: LinearHead, rows: slice) -> Tensor:
-    logits = torch.nn.functional.linear(head.hidden[rows], head.weight, head.bias)
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def _room(head: LinearHead, step: int) -> Tensor:
+    """Memory for the logits of a chunk, used for one after the other: fresh pages cost as much as filling them."""
+    return head.hidden.new_empty(min(step, head.hidden.shape[0]), head.weight.shape[0])
 
 
-def _widened(head: LinearHead) -> LinearHead:
+def _logits(head: LinearHead, rows: slice, room: Tensor) -> Tensor:
+    out = room[: rows.stop - rows.start]
+    if head.bias is None:
+        return torch.mm(head.hidden[rows], head.weight.T, out=out)
+    return torch.addmm(head.bias, head.hidden[rows], head.weight.T, out=out)
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The widest type of the tensors, float32 at least."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _of_one_type(head: LinearHead) -> LinearHead:
     """The head detached, contiguous and in one type: that of autocast where it is on, else the wider of the two."""
     device = head.weight.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
     hidden, weight, bias = (None if t is None else t.detach().to(dtype) for t in head)
     return LinearHead(hidden.contiguous(), weight, bias)  # type: ignore[union-attr, arg-type]
+
+
+def _parts(rows: slice, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
 
 
 def _of_logits(divergence: Divergence, temperature: float) -> RowLoss:
@@ -229,6 +264,15 @@ def _chunk(chunk: int | None, heads: Sequence[LinearHead]) -> int:
     return chunk
 
 
+def _block(heads: Sequence[LinearHead]) -> int:
+    """Rows of which the loss is taken at once: on a processor few, so that all it holds stays in the caches."""
+    vocabulary, device = heads[0].weight.shape[0], heads[0].weight.device.type
+    if device != "cpu":
+        return _ENTRIES_ACCELERATOR
+    threads = torch.get_num_threads()
+    return max(_BLOCK * threads // max(vocabulary, 1), threads)
+
+
 def _prepare(
     hidden_p: Tensor, weight_p: Tensor, hidden_q: Tensor, weight_q: Tensor,
     bias_p: Tensor | None, bias_q: Tensor | None, mask: Tensor | None, count: Tensor | float | None,
@@ -245,6 +289,9 @@ def _prepare(
             f"the reference's head has {weight_p.shape[0]} tokens and the model's {weight_q.shape[0]}: "
             "cut both to the shared vocabulary if one is padded"
         )
+    for side, bias, weight in (("p", bias_p, weight_p), ("q", bias_q, weight_q)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ShapeError(f"bias_{side} has shape {tuple(bias.shape)} and the head {len(weight)} tokens: give [V]")
     if hidden_p.shape[:-1] != hidden_q.shape[:-1]:
         raise ShapeError(
             f"hidden_p has rows {tuple(hidden_p.shape[:-1])} and hidden_q {tuple(hidden_q.shape[:-1])}: give the same"
@@ -256,6 +303,6 @@ def _prepare(
         kept = mask.reshape(-1).bool()
         rows_p, rows_q = rows_p[kept], rows_q[kept]
     number: Tensor | float = max(len(rows_q), 1) if count is None else count
-    dtype = torch.promote_types(rows_q.dtype, torch.float32)
+    dtype = _wide(rows_p, weight_p, rows_q, weight_q)
     scale = torch.ones(len(rows_q), dtype=dtype, device=rows_q.device) / number
     return [LinearHead(rows_p, weight_p, bias_p), LinearHead(rows_q, weight_q, bias_q)], scale
