@@ -1,4 +1,4 @@
-"""Divergences between categorical distributions, from log-probabilities, in nats and never reduced."""
+"""Divergences between categorical distributions, from log-probabilities, in nats and never reduced; and transport."""
 
 from kullback.divergences.cauchy_schwarz import cauchy_schwarz
 from kullback.divergences.estimators import kl_sampled
@@ -19,7 +19,9 @@ from kullback.divergences.f import (
 from kullback.divergences.family import FDivergence
 from kullback.divergences.generators import F_NAMES, f_divergence
 from kullback.divergences.options import NAMES, dual, from_logits, log_mixture, mixture, named
+from kullback.divergences.pairwise import pairwise_cost
 from kullback.divergences.renyi import renyi
+from kullback.divergences.sinkhorn import sinkhorn_cost, sinkhorn_divergence, sinkhorn_plan
 
 __all__ = [
     "F_NAMES",
@@ -39,9 +41,13 @@ __all__ = [
     "mixture",
     "named",
     "neyman",
+    "pairwise_cost",
     "pearson",
     "renyi",
     "reverse_kl",
+    "sinkhorn_cost",
+    "sinkhorn_divergence",
+    "sinkhorn_plan",
     "skew_kl",
     "skew_reverse_kl",
     "squared_hellinger",
