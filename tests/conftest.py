@@ -1,6 +1,10 @@
 """Every test runs on one thread, with no network and with caches of its own."""
 
+import errno
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,3 +23,29 @@ def _one_thread():
 def generator() -> torch.Generator:
     """A fixed source of randomness."""
     return torch.Generator().manual_seed(20_261_125)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that holds 256 kB: a real file system where one can be mounted, else by an fsync that fails."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if mounted:
+        yield folder
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # memory maps may be open still
+        return
+    sync = os.fsync
+
+    def fsync(handle: int) -> None:
+        used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if used > 256_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    yield folder

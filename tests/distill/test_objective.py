@@ -94,7 +94,8 @@ def test_a_wrong_objective_is_seen(parts):
 def test_micro_batches_add_up_to_the_whole_batch(parts):
     objective, count = OBJECTIVES["mixed"], 9
     student = parts["student"] @ parts["weight"].T
-    whole = objective.loss(TeacherOutput(logits=parts["teacher"] @ parts["head"].T), student, parts["labels"], count=count)
+    target = TeacherOutput(logits=parts["teacher"] @ parts["head"].T)
+    whole = objective.loss(target, student, parts["labels"], count=count)
     split = [
         objective.loss(
             TeacherOutput(hidden=parts["teacher"][b : b + 1], weight=parts["head"]),

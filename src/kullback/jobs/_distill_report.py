@@ -1,0 +1,147 @@
+"""What a finished distill job leaves: the table, the curves, samples and the model directory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kullback.core.files import atomic_directory, atomic_write
+from kullback.core.rng import generator
+from kullback.core.runs import Run
+from kullback.distill.measure import measure
+from kullback.distill.on_policy import sample_continuations
+from kullback.figures import draw_curves
+
+if TYPE_CHECKING:
+    from kullback.jobs._distillation import Distillation
+
+__all__ = ["write_report"]
+
+_TITLES = {"distilled": "distilled from the teacher", "baseline": "cross-entropy alone"}
+
+
+def write_report(work: Distillation) -> None:
+    """Write model/, report.json, samples.jsonl, curves.csv and figures/curves.svg of a job whose parts are done."""
+    out = work.out
+    reports = {part.name: _read(out / "parts" / part.name / "report.json") for part in work.parts}
+    best = work.parts[0]
+    if not (out / "model").exists():
+        with atomic_directory(out / "model") as place:
+            shutil.copytree(out / "parts" / best.name / "model", place, dirs_exist_ok=True)
+    rows = [_row("teacher", [_teacher(work)]), _row("student before", [report["before"] for report in reports.values()])]
+    for role in dict.fromkeys(part.role for part in work.parts):
+        rows.append(_row(_TITLES[role], [reports[part.name]["after"] for part in work.parts if part.role == role]))
+    curves = {part.name: list(Run.open(out / "parts" / part.name).events()) for part in work.parts}
+    atomic_write(out / "curves.csv", _csv(curves))
+    draw_curves(
+        work.run.figure("curves"), _validation(curves),
+        horizontal="step", vertical="validation cross-entropy (nats a token)",
+    )  # fmt: skip
+    samples = _samples(work)
+    atomic_write(out / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    report: dict[str, Any] = {"rows": rows, "parts": reports}
+    if work.config.baseline:
+        report["gain"] = _gain(work, reports)
+    report["written"] = ["model", "report.json", "samples.jsonl", "curves.csv", "figures/curves.svg"]
+    work.run.report(report)
+
+
+def _gain(work: Distillation, reports: Mapping[Any, Any]) -> dict[str, Any]:
+    """By how much distillation beats cross-entropy alone, in validation nats a token, seed by seed."""
+    after = {(part.role, part.seed): reports[part.name]["after"]["cross_entropy"] for part in work.parts}
+    gains = [after["baseline", seed] - after["distilled", seed] for seed in work.config.seeds]
+    return {
+        "mean": statistics.fmean(gains),
+        "spread": _spread(gains),
+        "wins": sum(g > 0 for g in gains),
+        "of": len(gains),
+    }
+
+
+def _row(name: str, found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"student": name, "seeds": len(found)}
+    for key in ("cross_entropy", "perplexity", "divergence"):
+        values = [metrics[key] for metrics in found if key in metrics]
+        if values:
+            row[key], row[f"{key}_spread"] = statistics.fmean(values), _spread(values)
+    return row
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _teacher(work: Distillation) -> dict[str, float]:
+    model = getattr(work.teacher, "model", None)
+    if model is None or isinstance(model, str):
+        return {}  # a cached or served teacher cannot be asked about the text itself
+    return measure(model, work.texts.validation, vocabulary=work.vocabulary)
+
+
+def _samples(work: Distillation, count: int = 4) -> list[dict[str, str]]:
+    """Continuations of validation prompts by the student before and after, and by a live teacher."""
+    from kullback.jobs._models import load_model
+
+    blocks = work.texts.validation[:count]
+    if not blocks:
+        return []
+    import torch
+
+    prompt = torch.stack([block["input_ids"] for block in blocks])[:, : max(work.config.data.length // 4, 1)]
+    models = {"before": work.student(work.config.seeds[0]), "after": load_model(work.out / "model", role="student")}
+    if hasattr(getattr(work.teacher, "model", None), "parameters"):
+        models["teacher"] = work.teacher.model.cpu()
+    texts = {}
+    for name, model in models.items():
+        draw = generator(work.config.seeds[0], "report samples")
+        tokens = sample_continuations(
+            model,
+            prompt,
+            length=work.config.data.length,
+            generator=draw,
+            temperature=0.7,
+            vocabulary=len(work.tokenizer),
+        )
+        texts[name] = work.tokenizer.batch_decode(tokens[:, prompt.shape[1] :])
+    prompts = work.tokenizer.batch_decode(prompt)
+    return [{"prompt": text, **{name: texts[name][i] for name in texts}} for i, text in enumerate(prompts)]
+
+
+def _validation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
+    return {
+        name: sorted({e["step"]: (e["step"], e["cross_entropy"]) for e in events if e["kind"] == "evaluation"}.values())
+        for name, events in curves.items()
+    }
+
+
+def _csv(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """One line for each recorded step of each part; a step that was repeated after a kill counts once."""
+    columns = [
+        "part",
+        "kind",
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "cross_entropy",
+        "perplexity",
+        "divergence",
+    ]
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    for name, events in curves.items():
+        lines = {(e["kind"], e["step"]): e for e in events if e["kind"] in ("step", "evaluation")}
+        for (_, _), event in sorted(lines.items(), key=lambda item: item[0][1]):
+            table.writerow({"part": name, **event})
+    return text.getvalue()
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

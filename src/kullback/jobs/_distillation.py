@@ -1,0 +1,240 @@
+"""The steps of the distill job: what it loads, each training of a student, and what it leaves behind."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from kullback.core.errors import DataError, KullbackError
+from kullback.core.files import atomic_directory
+from kullback.core.rng import generator
+from kullback.core.runs import Run
+from kullback.distill._hf import DistillTrainer, LiveTeacher, common_vocabulary
+from kullback.distill.measure import measure
+from kullback.distill.objective import Objective
+from kullback.jobs._checkpoints import RunCheckpoints
+from kullback.jobs._distill_report import write_report
+from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer, merged
+from kullback.jobs._texts import Texts, pack_texts
+from kullback.jobs._training import Listener, TrainingConfig, train, training_arguments
+from kullback.jobs.distill import DistillConfig, LoraSettings, ObjectiveConfig, baseline_of, check, objective_of
+
+__all__ = ["Distillation", "Part"]
+
+
+class _Trainer(RunCheckpoints, DistillTrainer):
+    """Distillation with checkpoints in the run directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One training of the student: its role, its seed and all that determines it."""
+
+    role: str
+    seed: int
+    teacher: str
+    student: str
+    objective: ObjectiveConfig
+    training: TrainingConfig
+    lora: LoraSettings
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.seed}"
+
+
+class Distillation:
+    """A distill job at work: models and texts are loaded when it is made, then each part is trained."""
+
+    def __init__(self, config: DistillConfig, out: Path, *, listen: Listener, resume: bool = False) -> None:
+        check(config)
+        self.config, self.out, self.listen, self.state = config, out, listen, PartialState()
+        fresh = not resume and not out.exists()
+        self.divergence = objective_of(config.objective).divergence
+        self.teacher_folder, self.tokenizer = self._teacher_and_tokenizer()
+        self.teacher, self.teacher_tokens = self._teacher()
+        self.student_tokens = self._check_student()
+        self.vocabulary = common_vocabulary(self.teacher_tokens, self.student_tokens, len(self.tokenizer))
+        if self.student_tokens != self.teacher_tokens:
+            self._say(
+                f"heads of {self.teacher_tokens} and {self.student_tokens} tokens: {self.vocabulary} are compared"
+            )
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.vocabulary = self.vocabulary
+        if self.state.is_main_process:
+            self.run = Run.start(out, config, kind="distill", resume=resume)
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            self.run = Run.open(out)
+        with _removed_on_error(out if fresh and self.state.is_main_process else None):
+            self.texts = self._texts()
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every training of the job, the distilled student of each seed before its baseline."""
+        roles = {"distilled": self.config.objective}
+        if self.config.baseline:
+            roles["baseline"] = baseline_of(self.config)
+        config = self.config
+        shared = Part(
+            role="", seed=0, teacher=config.teacher, student=config.student, objective=config.objective,
+            training=config.training, lora=config.lora,
+        )  # fmt: skip
+        return [
+            replace(shared, role=role, seed=seed, objective=objective)
+            for seed in config.seeds
+            for role, objective in roles.items()
+        ]
+
+    def train(self, part: Part) -> None:
+        """Train one part to its end, from its latest checkpoint; a part that is finished is left as it is."""
+        folder = self.out / "parts" / part.name
+        if (folder / "report.json").exists():
+            return
+        started = time.monotonic()
+        if self.state.is_main_process:
+            run = Run.start(folder, part, kind="distill-part", seed=part.seed, resume=folder.exists())
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            run = Run.open(folder)
+        self.listen({"kind": "part", "name": part.name, "steps": part.training.steps, "text": _describe(part)})
+        trainer = self.trainer(part, run)
+        train(trainer, run, self.listen, lambda: self.evaluate(trainer), every=part.training.evaluate_every)
+        self._save_student(trainer, folder)
+        if self.state.is_main_process:
+            found = [event for event in run.events() if event["kind"] == "evaluation"]
+            run.report(
+                {"before": _metrics(found[0]), "after": _metrics(found[-1]), "seconds": time.monotonic() - started}
+            )
+        self.state.wait_for_everyone()
+
+    def finish(self) -> Run:
+        """Gather the parts into the run's report, its best-known outputs and its model directory."""
+        if self.state.is_main_process:
+            write_report(self)
+        self.state.wait_for_everyone()
+        return self.run
+
+    def student(self, seed: int) -> Any:
+        """The student as it starts out for `seed`."""
+        if self.config.student:
+            model = load_model(self.config.student, role="student", seed=seed)
+            lora = self.config.lora
+            return add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets) if lora.rank else model
+        from kullback.models.small import small_llama
+
+        draw = generator(seed, "student")
+        return small_llama(
+            len(self.tokenizer), hidden=96, layers=2, heads=4, length=self.config.data.length, generator=draw
+        )
+
+    def trainer(self, part: Part, run: Run) -> _Trainer:
+        objective: Objective = objective_of(part.objective)
+        trainer = _Trainer(
+            model=self.student(part.seed),
+            args=training_arguments(part.training, run, processes=self.state.num_processes),
+            train_dataset=self.texts.train,
+            data_collator=_collate,
+            teacher=self.teacher if objective.needs_teacher else None,
+            objective=objective,
+            on_policy=part.objective.on_policy,
+            prompt=part.objective.prompt,
+            vocabulary=self.vocabulary,
+            seed=part.seed,
+        )
+        trainer.run, trainer.keep_checkpoints = run, part.training.keep
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.model.to(trainer.args.device)
+        return trainer
+
+    def evaluate(self, trainer: Any) -> dict[str, float]:
+        rank, count = self.state.process_index, self.state.num_processes
+        blocks = self.texts.validation
+        mine = [blocks[index] for index in range(rank, max(len(blocks) - len(blocks) % count, count), count)]
+        return measure(
+            trainer.model_wrapped, mine, self.teacher, divergence=self.divergence, vocabulary=self.vocabulary,
+            reduce=trainer.accelerator.reduce if count > 1 else None,
+        )  # fmt: skip
+
+    def _save_student(self, trainer: Any, folder: Path) -> None:
+        weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+        if not self.state.is_main_process or (folder / "model").exists():
+            return
+        student = merged(trainer.accelerator.unwrap_model(trainer.model))
+        with atomic_directory(folder / "model") as place:
+            student.save_pretrained(place, state_dict=weights)
+            self.tokenizer.save_pretrained(place)
+
+    def _teacher_and_tokenizer(self) -> tuple[str, Any]:
+        if self.config.teacher:
+            return self.config.teacher, load_tokenizer(self.config.student, role="student")
+        from kullback.models.small import trained_llama
+
+        with self.state.main_process_first():
+            self.listen({"kind": "stage", "text": "the embedded teacher (trained once, then kept in the cache)"})
+            folder = trained_llama(listen=self.listen)
+        return str(folder), load_tokenizer(folder, role="teacher")
+
+    def _teacher(self) -> tuple[Any, int]:
+        from kullback.distill.served import ServedTeacher
+        from kullback.distill.teachers import CachedTeacher, is_teacher_cache
+
+        name = self.teacher_folder
+        if name.startswith(("http://", "https://")):
+            return ServedTeacher(name, vocabulary=len(self.tokenizer)), len(self.tokenizer)
+        if is_teacher_cache(name):
+            cached = CachedTeacher(Path(name), temperature=self.config.objective.temperature)
+            check_same_tokenizer(load_tokenizer(Path(name) / "tokenizer", role="teacher cache"), self.tokenizer)
+            return cached, cached.vocabulary
+        model = load_model(name, role="teacher")
+        if self.config.teacher:
+            check_same_tokenizer(load_tokenizer(name, role="teacher"), self.tokenizer)
+        return LiveTeacher(model), model.get_output_embeddings().weight.shape[0]
+
+    def _check_student(self) -> int:
+        tokens: int = self.student(self.config.seeds[0]).get_output_embeddings().weight.shape[0]
+        if tokens < len(self.tokenizer):
+            raise DataError(
+                f"the student's head has {tokens} tokens and its tokenizer {len(self.tokenizer)}: resize it"
+            )
+        return tokens
+
+    def _texts(self) -> Texts:
+        with self.state.main_process_first():
+            return pack_texts(self.config.data, self.tokenizer, self.out / "data", self.listen)
+
+    def _say(self, text: str) -> None:
+        self.listen({"kind": "note", "text": text})
+
+
+def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    ids = torch.stack([item["input_ids"] for item in items])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _describe(part: Part) -> str:
+    what = "cross-entropy alone" if part.role == "baseline" else f"{part.objective.name} to the teacher"
+    return f"{part.role}, seed {part.seed}: {what}"
+
+
+def _metrics(event: dict[str, Any]) -> dict[str, float]:
+    return {key: event[key] for key in ("cross_entropy", "perplexity", "divergence") if key in event}
+
+
+@contextmanager
+def _removed_on_error(folder: Path | None) -> Iterator[None]:
+    """Leave nothing half-written when the very first steps fail on what the user gave."""
+    try:
+        yield
+    except KullbackError:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,106 @@
+"""Model directories in and out: every way in which one can be wrong is said in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kullback.core.errors import ConfigError, DataError, MissingExtra, ShapeError
+from kullback.core.rng import generator
+
+__all__ = ["add_lora", "check_same_tokenizer", "check_weights", "load_model", "load_tokenizer", "merged"]
+
+
+def load_model(folder: str | Path, *, role: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The causal language model of a Hugging Face directory; fresh weights from `seed` where it has a config.json
+    alone.
+
+    Raises DataError when the directory is missing, is no model, is damaged, or holds weights that are not finite.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = _directory(folder, role)
+    if not (path / "config.json").is_file():
+        raise DataError(f"{role} {path} has no config.json: name a directory made by save_pretrained")
+    try:
+        if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            with torch.random.fork_rng():
+                torch.random.default_generator.set_state(generator(seed, "fresh weights").get_state())
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # transformers, safetensors and json each have their own
+        raise DataError(f"{role} {path} could not be loaded as a causal language model: {_sentence(error)}") from error
+    check_weights(model, role=f"{role} {path}")
+    return model
+
+
+def load_tokenizer(folder: str | Path, *, role: str) -> Any:
+    """The tokenizer of a model directory, with an end-of-text token. Raises DataError when there is none."""
+    from transformers import AutoTokenizer
+
+    path = _directory(folder, role)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise DataError(f"{role} {path} has no tokenizer that loads: {_sentence(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{role} {path} has a tokenizer without an end-of-text token: set eos_token and save it again")
+    return tokenizer
+
+
+def check_weights(model: Any, *, role: str) -> None:
+    """Raise DataError when a weight is NaN or infinite, naming the first such tensor."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise DataError(f"{role} has weights that are not finite in {name}: the checkpoint is damaged")
+
+
+def check_same_tokenizer(teacher: Any, student: Any) -> None:
+    """Raise ShapeError unless both tokenizers give the same tokens the same numbers."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differ = sum(theirs.get(token) != index for token, index in ours.items())
+    raise ShapeError(
+        f"teacher has {len(theirs)} tokens, student {len(ours)}, and {differ} of the student's tokens mean another "
+        "number to the teacher: distillation compares them token by token, so give a student with the teacher's "
+        "tokenizer"
+    )
+
+
+def add_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...]) -> Any:
+    """The model with low-rank adapters as its only trainable weights. Raises MissingExtra without peft."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtra("peft", extra="lora") from error
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets) if targets else "all-linear", task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"adapters could not be added: {_sentence(error)}") from error
+
+
+def merged(model: Any) -> Any:
+    """The plain model with its adapters merged in; a model without adapters as it is."""
+    return model.merge_and_unload() if getattr(model, "peft_config", None) else model
+
+
+def _directory(folder: str | Path, role: str) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{role} {path} is not a directory: download the model first and name its folder")
+    return path
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"config.json is not JSON (line {error.lineno})"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,77 @@
+"""The job behind `kullback teacher-cache`: a teacher's distributions over a text, stored once for many trainings."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kullback.core.errors import CheckpointError, ConfigError
+from kullback.jobs._training import Listener
+from kullback.jobs.distill import TextConfig
+
+if TYPE_CHECKING:
+    from kullback.distill.teachers import CacheSummary
+
+__all__ = ["TeacherCacheConfig", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherCacheConfig:
+    """teacher: a model directory, empty for the embedded one; kept: tokens kept at each position; temperature: the one
+    that training will use; batch: sequences the teacher reads at once; data: the text, packed as `kullback distill`
+    will.
+    """
+
+    teacher: str = ""
+    data: TextConfig = field(default_factory=TextConfig)
+    kept: int = 32
+    temperature: float = 1.0
+    batch: int = 8
+
+
+def run(config: TeacherCacheConfig, out: Path, *, listen: Listener | None = None) -> CacheSummary:
+    """Write the cache folder `out`, whole or not at all, and say what it holds.
+
+    Raises ConfigError or DataError for input that cannot work, and CheckpointError when `out` is there already.
+    """
+    from torch.utils.data import ConcatDataset
+
+    from kullback.data.packing import load_packed
+    from kullback.distill._hf import LiveTeacher
+    from kullback.distill.teachers import teacher_logits, write_teacher_cache
+    from kullback.jobs._models import load_model, load_tokenizer
+    from kullback.jobs._texts import pack_texts
+
+    listen = listen or (lambda event: None)
+    if out.exists():
+        raise CheckpointError(f"{out} is there already: choose another folder for the cache, or remove it")
+    if not config.temperature > 0:
+        raise ConfigError(f"temperature must be > 0, got {config.temperature}")
+    folder = config.teacher or str(_embedded_teacher(listen))
+    model, tokenizer = load_model(folder, role="teacher"), load_tokenizer(folder, role="teacher")
+    with tempfile.TemporaryDirectory(prefix="kullback-") as scratch:
+        pack_texts(config.data, tokenizer, Path(scratch), listen)
+        blocks: Any = ConcatDataset([load_packed(Path(scratch) / split) for split in ("train", "validation")])
+        listen(
+            {"kind": "part", "text": f"asking the teacher about {len(blocks)} blocks of {config.data.length} tokens"}
+        )
+        return write_teacher_cache(
+            teacher_logits(LiveTeacher(model)),
+            blocks,
+            out,
+            kept=config.kept,
+            vocabulary=model.get_output_embeddings().weight.shape[0],
+            temperature=config.temperature,
+            batch=config.batch,
+            tokenizer=tokenizer,
+            progress=lambda done, of: listen({"kind": "progress", "step": done, "steps": of}),
+        )
+
+
+def _embedded_teacher(listen: Listener) -> Path:
+    from kullback.models.small import trained_llama
+
+    listen({"kind": "stage", "text": "the embedded teacher (trained once, then kept in the cache)"})
+    return trained_llama(listen=listen)

@@ -1,0 +1,94 @@
+"""The main job in processes of its own: two at once, and one that is killed."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kullback.core.config import to_toml
+from kullback.jobs import distill as job
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+
+
+def command(*words, processes=1):
+    if processes == 1:
+        return [sys.executable, "-m", "kullback", "distill", *map(str, words)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--main_process_port", str(port), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [sys.executable, "-m", *launch, "-m", "kullback", "distill", *map(str, words)]
+
+
+def run(*words, processes=1):
+    done = subprocess.run(
+        command(*words, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses(path, part="distilled-0"):
+    events = [json.loads(line) for line in (path / "parts" / part / "events.jsonl").read_text().splitlines()]
+    return {event["step"]: event for event in events if event["kind"] == "evaluation"}
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_two_processes_have_the_loss_of_one(config, tmp_path, on_policy):
+    config = replace(config, objective=replace(config.objective, on_policy=on_policy, prompt=4))
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    run("--config", tmp_path / "job.toml", "--out", tmp_path / "two", processes=2)
+    two = losses(tmp_path / "two")
+    if on_policy:  # each process draws samples of its own
+        assert two[6]["divergence"] < two[0]["divergence"]
+        return
+    one = losses(job.run(config, tmp_path / "one").path)
+    assert one.keys() == two.keys()
+    for step, event in one.items():
+        for name in ("cross_entropy", "divergence"):
+            assert two[step][name] == pytest.approx(event[name], rel=1e-5)
+
+
+def test_a_fully_sharded_student_is_the_same_student(config, tmp_path):
+    config = replace(config, training=replace(config.training, fsdp="full_shard auto_wrap"))
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    run("--config", tmp_path / "job.toml", "--out", tmp_path / "two", processes=2)
+    one = job.run(replace(config, training=replace(config.training, fsdp="")), tmp_path / "one")
+    for step, event in losses(one.path).items():
+        assert losses(tmp_path / "two")[step]["cross_entropy"] == pytest.approx(event["cross_entropy"], rel=1e-4)
+    assert load_file(tmp_path / "two" / "model" / "model.safetensors").keys()
+
+
+def test_sigkill_at_any_step_then_resume_gives_the_same_bits(config, tmp_path):
+    config = replace(config, training=replace(config.training, steps=12))
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    run("--config", tmp_path / "job.toml", "--out", tmp_path / "straight")
+    child = subprocess.Popen(
+        command("--config", tmp_path / "job.toml", "--out", tmp_path / "killed"),
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoints = tmp_path / "killed" / "parts" / "distilled-0" / "ckpt"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")):
+        assert child.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.3))  # at some step, or inside of one
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "killed" / "report.json").exists()
+    run("--resume", tmp_path / "killed")
+    expected = load_file(tmp_path / "straight" / "model" / "model.safetensors")
+    found = load_file(tmp_path / "killed" / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
