@@ -107,3 +107,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(place, capsys, arguments, 
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert sentence in err
     assert not (place / "runs").exists()
+
+
+def test_an_interrupt_says_where_it_goes_on(place, capsys, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "reproduce_paper", stop)
+    code, out, err = run(capsys, "good-one", "--out", "there")
+    assert (code, out) == (130, "")
+    assert err == "error: stopped; seeds that are done stay in there, and the same command goes on\n"

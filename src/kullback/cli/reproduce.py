@@ -31,7 +31,7 @@ def reproduce(
     """
     from kullback.cli._progress import Progress
     from kullback.core.cards import papers
-    from kullback.core.errors import ConfigError
+    from kullback.core.errors import ConfigError, Interrupted
     from kullback.papers import runner
     from kullback.papers.results import checkout
 
@@ -40,16 +40,19 @@ def reproduce(
     chosen = [paper.slug for paper in papers() if paper.status == "ready"] if all_ else list(slugs or ())
     root = Path("runs") / f"reproduce-{runner.code_digest()}" if out is None else out
     home = checkout()
-    with Progress(quiet=json_) as progress:
-        outcomes = runner.reproduce_paper(
-            chosen,
-            root=root,
-            seeds=_seeds(seeds),
-            workers=workers,
-            engine=cast(Literal["local", "ray"], engine),
-            on_event=_Listener(progress),
-            results=None if home is None else home / "results",
-        )
+    try:
+        with Progress(quiet=json_) as progress:
+            outcomes = runner.reproduce_paper(
+                chosen,
+                root=root,
+                seeds=_seeds(seeds),
+                workers=workers,
+                engine=cast(Literal["local", "ray"], engine),
+                on_event=_Listener(progress),
+                results=None if home is None else home / "results",
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; seeds that are done stay in {root}, and the same command goes on") from None
     if json_:
         print_json([_content(outcome) for outcome in outcomes])
     else:
