@@ -1,0 +1,136 @@
+"""Backward draws as compiled loops, for transitions that are Gaussian once whitened; twin of the loops in backward.py.
+
+They see the same counted random numbers as the vectorised draws, and so return the same indices.
+Shapes as in backward.py: cumulative and log-weights [R, N], means [R, N, d], points [R, P, d], indices [R, P, M].
+"""
+
+# Types cannot be checked: the decorators replace the functions.
+# mypy: ignore-errors
+
+import numpy as np
+from numba import njit
+
+__all__ = ["draw_exact", "draw_hybrid"]
+
+_STRIDE, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_ONE, _11, _27, _30, _31 = (np.uint64(c) for c in (1, 11, 27, 30, 31))
+_UNIT = 2.0**-53
+
+
+@njit(cache=True, inline="always")
+def _counted(seed, counter):
+    state = np.uint64(seed) + (np.uint64(counter) + _ONE) * _STRIDE
+    state = (state ^ (state >> _30)) * _FIRST
+    state = (state ^ (state >> _27)) * _SECOND
+    state = state ^ (state >> _31)
+    return np.float64(state >> _11) * _UNIT
+
+
+@njit(cache=True, inline="always")
+def _half_square(means, points, chain, source, row):
+    total = 0.0
+    for k in range(means.shape[2]):
+        difference = means[chain, source, k] - points[chain, row, k]
+        total += difference * difference
+    return 0.5 * total
+
+
+@njit(cache=True)
+def _fill_guide(cumulative, guide):
+    """guide[k]: the first index whose cumulative weight exceeds k / N of the total, where a search may begin."""
+    size = len(cumulative)
+    index = 0
+    for k in range(size):
+        bound = k / size * cumulative[size - 1]
+        while index < size - 1 and cumulative[index] <= bound:
+            index += 1
+        guide[k] = index
+
+
+@njit(cache=True, inline="always")
+def _search(cumulative, guide, number):
+    size = len(cumulative)
+    target = number * cumulative[size - 1]
+    index = guide[min(int(number * size), size - 1)]
+    while index > 0 and cumulative[index - 1] > target:
+        index -= 1
+    while index < size - 1 and cumulative[index] <= target:
+        index += 1
+    return index
+
+
+@njit(cache=True)
+def _fill_row(log_weights, means, points, chain, row, buffer):
+    """The cumulative backward weights of one row in `buffer`; its last entry is not positive when all are zero."""
+    size = log_weights.shape[1]
+    top = -np.inf
+    for source in range(size):
+        value = log_weights[chain, source] - _half_square(means, points, chain, source, row)
+        buffer[source] = value
+        top = max(top, value)
+    if not top > -np.inf:
+        buffer[size - 1] = -1.0
+        return
+    total = 0.0
+    for source in range(size):
+        total += np.exp(buffer[source] - top)
+        buffer[source] = total
+
+
+@njit(cache=True)
+def _draw_row(buffer, number):
+    size = len(buffer)
+    return min(np.searchsorted(buffer, number * buffer[size - 1], side="right"), size - 1)
+
+
+@njit(cache=True)
+def draw_exact(log_weights, means, points, seeds, out):
+    """Indices by inversion of each row's cumulative weights; False when a row has no weight at all."""
+    chains, rows, draws = out.shape
+    buffer = np.empty(log_weights.shape[1])
+    for chain in range(chains):
+        for row in range(rows):
+            _fill_row(log_weights, means, points, chain, row, buffer)
+            if not buffer[-1] > 0.0:
+                return False
+            for draw in range(draws):
+                out[chain, row, draw] = _draw_row(buffer, _counted(seeds[chain], row * draws + draw))
+    return True
+
+
+@njit(cache=True)
+def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, tries):
+    """Indices by at most `max_tries` rejections each, by inversion for those then left; tries [R] counts proposals."""
+    chains, rows, draws = out.shape
+    size = log_weights.shape[1]
+    guide, buffer = np.empty(size, np.int64), np.empty(size)
+    stride = 2 * max_tries + 1
+    for chain in range(chains):
+        weights, seed = cumulative[chain], seeds[chain]
+        _fill_guide(weights, guide)
+        for row in range(rows):
+            filled = False
+            for draw in range(draws):
+                counter = (row * draws + draw) * stride
+                accepted = False
+                for _ in range(max_tries):
+                    index = _search(weights, guide, _counted(seed, counter))
+                    half = _half_square(means, points, chain, index, row)
+                    coin = _counted(seed, counter + 1)
+                    counter += 2
+                    tries[chain] += 1
+                    # The exponential is needed only between two bounds of it.
+                    if coin >= 1.0 / (1.0 + half):
+                        continue
+                    if coin < 1.0 - half or coin < np.exp(-half):
+                        out[chain, row, draw] = index
+                        accepted = True
+                        break
+                if not accepted:
+                    if not filled:
+                        _fill_row(log_weights, means, points, chain, row, buffer)
+                        filled = True
+                    if not buffer[-1] > 0.0:
+                        return False
+                    out[chain, row, draw] = _draw_row(buffer, _counted(seed, counter))
+    return True
