@@ -1,8 +1,8 @@
 """Kernel density estimates in high dimension: three regimes of the bandwidth, and the theory for Gaussian data.
 
 With n = e^(alpha d) points, b = 1/h^2 and energies e_i = |x - y_i|^2 / (2d), the estimate at x sums weights
-e^(-b d e_i): a random energy model at inverse temperature b. For data with covariance eigenvalues lambda_a and a query x (typically
-x_a^2 = lambda_a)
+e^(-b d e_i): a random energy model at inverse temperature b. For data with covariance eigenvalues lambda_a and a query
+x, typically with x_a^2 = lambda_a,
 
     phi(b) = lim (1/d) log E_y e^(-b d e) = -(1/2d) sum [log(1 + b lambda) + b x^2 / (1 + b lambda)]
     e(b) = -phi'(b),    I(b) = -b e(b) - phi(b),    I'(b) = b phi''(b) >= 0.
