@@ -5,8 +5,6 @@ ours and the peers' in turn. "ratio" is the peer's time over ours.
 """
 
 import json
-import statistics
-import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import geomloss
 import ot
 import torch
 
+import _measure
 from kullback.core.environment import environment
 from kullback.divergences.pairwise import pairwise_cost
 from kullback.divergences.sinkhorn import sinkhorn_cost
@@ -31,14 +30,8 @@ def clouds(*shape, dtype=torch.float64):
 
 def race(**contenders):
     """Median seconds of each contender, called in turn; and what each returned."""
-    results = {name: call() for name, call in contenders.items()}
-    times = {name: [] for name in contenders}
-    for _ in range(7):
-        for name, call in contenders.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}, results
+    times, results = _measure.race(contenders)
+    return _measure.medians(times), results
 
 
 def rows(case, seconds, errors):

@@ -24,7 +24,7 @@ __all__ = ["LinearHead", "RowLoss", "linear_chunked", "linear_chunked_values", "
 RowLoss = Callable[..., Tensor]
 
 # Logits of one head held at once. On a processor more would leave its caches; an accelerator wants large products.
-_ENTRIES_CPU, _ENTRIES_ACCELERATOR = 1 << 22, 1 << 26
+_ENTRIES_CPU, _ENTRIES_ACCELERATOR = 1 << 23, 1 << 26
 _BLOCK = 1 << 17
 _FEWEST_ROWS = 128  # with fewer, reading the weights would take longer than the product
 
