@@ -28,8 +28,16 @@ from kullback.sample.backward import BackwardMethod, backward_sample, select
 from kullback.sample.draws import Generators, draw_index, uniform
 from kullback.sample.exact_smoothing import sequence_rows
 from kullback.sample.paris import (
-    Pair, Smoother, as_statistic, carry, effective_size, first_particles, initial_statistic, move, weighted_mean,
-)  # fmt: skip
+    Pair,
+    Smoother,
+    as_statistic,
+    carry,
+    effective_size,
+    first_particles,
+    initial_statistic,
+    move,
+    weighted_mean,
+)
 from kullback.sample.state_space import AdditiveStatistic, Proposal, StateSpaceModel
 
 __all__ = ["PPGInfo", "PPGState", "Rollout", "particle_gibbs", "path_statistic", "ppg", "ppg_rollout"]
@@ -118,8 +126,8 @@ def forward_pass(
 
 def _one_back(model: StateSpaceModel, log_weights, x, x_next: Tensor, time: int, generator: Generators) -> Tensor:
     """One exact backward draw for each point x_next [R, P, d]: [R, P]."""
-    options = {"num_draws": 1, "method": "exact", "generator": generator}
-    return backward_sample(model, log_weights, x, x_next, time, **options).indices.squeeze(-1)
+    draws = backward_sample(model, log_weights, x, x_next, time, num_draws=1, method="exact", generator=generator)
+    return draws.indices.squeeze(-1)
 
 
 def trace(particles: Sequence[Tensor], pointers: Sequence[Tensor], last: Tensor) -> Tensor:
@@ -189,7 +197,7 @@ def ppg(
     rows = sequence_rows(observations)
 
     def init(path: Tensor | None = None, *, generator: Generators, chains: int | None = None) -> PPGState:
-        return PPGState(_first_path(smoother, rows, path, chains, generator), 0)
+        return PPGState(initial_path(smoother, rows, path, chains, generator), 0)
 
     def step(state: PPGState, *, generator: Generators) -> tuple[PPGState, PPGInfo]:
         history = forward_pass(smoother, rows, len(state.path), generator, frozen=state.path)
@@ -221,7 +229,7 @@ def particle_gibbs(
     rows = sequence_rows(observations)
 
     def init(path: Tensor | None = None, *, generator: Generators, chains: int | None = None) -> PPGState:
-        return PPGState(_first_path(smoother, rows, path, chains, generator), 0)
+        return PPGState(initial_path(smoother, rows, path, chains, generator), 0)
 
     def step(state: PPGState, *, generator: Generators) -> tuple[PPGState, PPGInfo]:
         history = forward_pass(
@@ -282,7 +290,7 @@ def ppg_rollout(
     return Rollout(per_sweep[:, burn_in:].mean(1), per_sweep, state)
 
 
-def _first_path(
+def initial_path(
     smoother: Smoother, rows: Sequence[Tensor], path: Tensor | None, chains: int | None, generator: Generators
 ) -> Tensor:
     if path is None:
