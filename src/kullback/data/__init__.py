@@ -1,1 +1,21 @@
 """Real text and arrays on hand, readers for your own, tokenisers, packing, and the cache of small trained models."""
+
+from kullback.data.arrays import digits
+from kullback.data.cache import cached
+from kullback.data.corpora import Corpus, corpus
+from kullback.data.packing import PackedTokens, load_packed, pack
+from kullback.data.text import held_out, read_documents
+from kullback.data.tokenizer import train_byte_bpe
+
+__all__ = [
+    "Corpus",
+    "PackedTokens",
+    "cached",
+    "corpus",
+    "digits",
+    "held_out",
+    "load_packed",
+    "pack",
+    "read_documents",
+    "train_byte_bpe",
+]
