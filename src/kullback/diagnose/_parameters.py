@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def as_table(data: Any, *, features: int | None = None, name: str = "data") -> T
 
     Raises ShapeError for another shape or number of features, DataError where there is no row or one is not finite.
     """
-    table = torch.as_tensor(data).detach()
+    table = data.detach() if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # a list is float64
     table = table if table.dtype == torch.float32 else table.double()
     if table.ndim != 2 or table.shape[1] == 0:
         raise ShapeError(f"{name} has shape [n, d], a row an item, got {tuple(table.shape)}")

@@ -167,8 +167,8 @@ def log_sum_quantiles(
 ) -> Tensor:
     """Quantiles [m, q] of log S minus its median over data sets, S the sum of the weights.
 
-    top: the largest l = -r^2 / (2 h^2) [m, k] in descending order; log sum w and log sum w^2 [m] of n weights. Normal where
-    the tail index is above 2.5, and the law of the module's equation otherwise, with the rest normal about its sum.
+    top: the largest l = -r^2 / (2 h^2) [m, k], descending; log sum w and log sum w^2 [m] of n weights. Normal where the
+    tail index is above 2.5, and the law of the module's equation otherwise, with the rest normal about its sum.
     """
     mu, power = power_tail_index(top)
     normal = torch.special.ndtri(torch.tensor(tails, dtype=torch.float64))

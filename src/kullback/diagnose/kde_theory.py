@@ -54,7 +54,7 @@ __all__ = [
 class RadialKernel:
     """A kernel exp(-d energy(u)) of u = |x - y|^2 / (d h^2), with the derivative `slope` of its energy.
 
-    h_kl_u: the u at which u slope(u) = 1/2, where the log-density is best once a nearest point carries it; inf if none.
+    h_kl_u: the u at which u slope(u) = 1/2, where the log-density is best once a nearest point carries it.
     """
 
     energy: Callable[[Tensor], Tensor]
@@ -237,25 +237,30 @@ class GaussianSpectrumTheory:
         carries it, q k'(2 e_c / h^2) 2 / h^2 = b_c, and q is mu.
         """
         h = _bandwidth(h)
+        b, level = self._boundary(n, finite, log_n)
+        return 0.5 * b * h.square() / kernel.slope(level / h.square())
+
+    def _boundary(self, n: float | Tensor, finite: bool, log_n: bool) -> tuple[Tensor, Tensor]:
+        """b_c, and the squared distance per dimension of the nearest points."""
         if finite:
             squared, b = self._nearest(n, log_n)
-            level = squared / self.dimension
-        else:
-            b = self.critical(n, log_n=log_n)
-            level = 2.0 * self.energy(b)
-        return 0.5 * b * h.square() / kernel.slope(level / h.square())
+            return b, squared / self.dimension
+        b = self.critical(n, log_n=log_n)
+        return b, 2.0 * self.energy(b)
 
     def kernel_bandwidths(
         self, n: float | Tensor, kernel: RadialKernel, *, finite: bool = False, log_n: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h_G, h_CLT and h_KL of a kernel whose energy is not quadratic, by bisection in log h."""
-        best = self.h_kl(n, finite=finite, log_n=log_n) / math.sqrt(kernel.h_kl_u)
+        b, level = self._boundary(n, finite, log_n)
+        best = (level / kernel.h_kl_u).sqrt()
         found = []
         for mu in (1.0, 2.0):
             low, high = best.log() - 30.0, best.log() + 30.0
             for _ in range(80):
                 middle = 0.5 * (low + high)
-                above = self.tail_index(middle.exp(), n, finite=finite, log_n=log_n, kernel=kernel) > mu
+                squared = (2.0 * middle).exp()
+                above = 0.5 * b * squared / kernel.slope(level / squared) > mu
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
             found.append(low.exp())
         return found[0], found[1], best

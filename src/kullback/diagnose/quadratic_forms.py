@@ -44,6 +44,7 @@ class SquaredDistance:
     eigenvalues: Tensor
     query_squared: Tensor | None = None
     _groups: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
+    _shift: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         spectrum = torch.as_tensor(self.eigenvalues, dtype=torch.float64).detach().cpu()
@@ -55,12 +56,18 @@ class SquaredDistance:
         both = torch.stack([spectrum, query])
         if not bool(torch.isfinite(both).all()) or bool((both < 0).any()) or not bool((spectrum > 0).any()):
             raise DataError("eigenvalues and query_squared are finite and not negative, with one eigenvalue above zero")
-        pairs, count = torch.unique(both, dim=1, return_counts=True)
+        spread = spectrum > 0
+        object.__setattr__(self, "_shift", float(query[~spread].sum()))  # no point is nearer than that
+        pairs, count = torch.unique(both[:, spread], dim=1, return_counts=True)
         object.__setattr__(self, "_groups", (pairs[0], count.double(), pairs[1] * count))
 
     @property
     def mean(self) -> float:
         """The mean of r^2."""
+        return self._shift + self._inner_mean
+
+    @property
+    def _inner_mean(self) -> float:
         values, count, query = self._groups
         return float((values * count + query).sum())
 
@@ -70,7 +77,7 @@ class SquaredDistance:
         return math.sqrt(float(self._derivatives(torch.zeros((), dtype=torch.float64))[2]))
 
     def _derivatives(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """K and its first three derivatives at real s [...] < 1 / (2 max lambda)."""
+        """K and its first three derivatives at real s [...] < 1 / (2 max lambda), without the shift."""
         values, count, query = self._groups
         u = 1.0 / (1.0 - 2.0 * values * s.unsqueeze(-1))
         vu, xu = values * u, query * u
@@ -112,7 +119,7 @@ class SquaredDistance:
     def _saddle(self, level: Tensor) -> Tensor:
         """The s with K'(s) - 1/s = level, negative until two deviations above the mean: bracketed Newton."""
         edge = 0.5 / float(self._groups[0].amax())
-        below = level < self.mean + 2.0 * self.deviation
+        below = level < self._inner_mean + 2.0 * self.deviation
         low, high = torch.full_like(level, -90.0), torch.full_like(level, 90.0)
         u = torch.where(below, 1.0 - level.log(), 0.0)
         for _ in range(200):
@@ -131,8 +138,8 @@ class SquaredDistance:
 
     def _evaluate(self, squared: Tensor) -> tuple[Tensor, Tensor]:
         level = torch.as_tensor(squared, dtype=torch.float64)
-        values, _, query = self._groups
-        above = level > query[values == 0.0].sum()  # what is shifted in a direction without spread is never nearer
+        level = level - self._shift
+        above = level > 0.0
         inside = above & (level < math.inf)
         log_cdf = torch.where(above, 0.0, -math.inf).to(torch.float64)
         slope = torch.where(above, 0.0, math.inf).to(torch.float64)
@@ -167,7 +174,8 @@ class SquaredDistance:
 
     def _table(self, lowest: float, highest: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Increasing log F with r^2 and d r^2 / d log F, over [lowest, highest]."""
-        u = torch.linspace(60.0, -20.0, 161, dtype=torch.float64) - math.log(self.mean)
+        u = torch.cat([torch.linspace(300.0, 44.0, 65), torch.linspace(40.0, -20.0, 121)]).double()
+        u = u - math.log(self._inner_mean)
         zeroth, first, second, _ = self._derivatives(-u.exp())
         level = first + (-u).exp()
         rough = zeroth + u.exp() * level - u - 0.5 * (2.0 * math.pi * (second + (-2.0 * u).exp())).log()
@@ -175,14 +183,13 @@ class SquaredDistance:
         if not bool(reached[0]):
             raise ConfigError(f"log-probability {lowest:g} is out of reach in {int(self._groups[1].sum())} dimensions")
         bottom = level[reached.nonzero()[-1, 0]]
-        top = self.mean + 12.0 * self.deviation + 80.0 * self._groups[0].amax()
+        top = self._inner_mean + 12.0 * self.deviation + 80.0 * self._groups[0].amax()
         missed = (rough > highest + 0.3).nonzero()
         if len(missed):
             top = torch.minimum(top, level[missed[0, 0]])
-        shift = self._groups[2][self._groups[0] == 0.0].sum()
-        span = math.log(float((top - shift) / (bottom - shift)))
+        span = math.log(float(top / bottom))
         steps = torch.linspace(0.0, span, 17 + math.ceil(32.0 * span), dtype=torch.float64)
-        grid = shift + (bottom - shift) * steps.exp()
+        grid = self._shift + bottom * steps.exp()
         log_cdf, slope = self._evaluate(grid)
         kept = torch.cat([torch.ones(1, dtype=torch.bool), log_cdf.diff() > 0.0])
         return log_cdf[kept].numpy(), grid[kept].numpy(), 1.0 / slope[kept].numpy()

@@ -1,0 +1,220 @@
+"""What every estimator obeys in scikit-learn's manners, law by law, and for each law a wrong one that it rejects.
+
+A row makes an estimator and data, and says what is measured after a fit: a tensor of numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from kullback.core.errors import ConfigError, NotFitted
+from kullback.diagnose import HighDimKDE, KDERegimes
+
+
+@dataclass(frozen=True)
+class Row:
+    """make: () -> estimator; data: generator -> rows; measure: (fitted, rows) -> numbers; change: a parameter's value.
+
+    order: whether the order of the rows does not matter.
+    """
+
+    make: Callable
+    data: Callable
+    measure: Callable
+    change: tuple[str, object]
+    order: bool = True
+
+
+def normal(generator):
+    return torch.randn(60, 4, generator=generator, dtype=torch.float64)
+
+
+def diagnosis(estimator, data):
+    found = estimator.diagnose(0.5, data[:7])
+    return torch.tensor([found.mu, *found.mu_ci, found.h_kl, found.participation, found.stderr_log])
+
+
+TABLE = {
+    "HighDimKDE": Row(HighDimKDE, normal, lambda e, x: e.score_samples(x), ("bandwidth", 0.7)),
+    "HighDimKDE, likelihood": Row(
+        lambda: HighDimKDE("likelihood"), normal, lambda e, x: e.score_samples(x), ("precision", "single")
+    ),
+    "KDERegimes": Row(KDERegimes, normal, diagnosis, ("k", 9)),
+}
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def law_parameters(row, data):
+    estimator = row.make()
+    given = estimator.get_params()
+    again = type(estimator)(**given)
+    assert again.get_params() == given
+    name, value = row.change
+    assert given[name] != value
+    assert estimator.set_params(**{name: value}) is estimator
+    assert estimator.get_params() == {**given, name: value}
+    with pytest.raises(ConfigError, match="nonsense"):
+        estimator.set_params(nonsense=1)
+    assert (row.measure(row.make().fit(data), data) - row.measure(estimator.fit(data), data)).abs().max() > 0
+
+
+def law_fit_keeps_parameters(row, data):
+    estimator = row.make()
+    given = estimator.get_params()
+    assert estimator.fit(data) is estimator
+    assert estimator.get_params() == given
+
+
+def law_not_fitted(row, data):
+    with pytest.raises(NotFitted, match="fit"):
+        row.measure(row.make(), data)
+
+
+def law_data_unchanged(row, data):
+    copy = data.clone()
+    row.measure(row.make().fit(data), data)
+    assert torch.equal(copy, data)
+
+
+def law_refit_forgets(row, data):
+    once = row.make().fit(data[:40])
+    twice = row.make().fit(2.0 * data + 1.0).fit(data[:40])
+    close(row.measure(once, data), row.measure(twice, data))
+
+
+def law_same_every_time(row, data):
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    one, other = (row.measure(row.make().fit(data), data) for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+def law_arrays(row, data):
+    expected = row.measure(row.make().fit(data), data)
+    close(row.measure(row.make().fit(data.numpy()), data.numpy()), expected)
+    close(row.measure(row.make().fit(data.tolist()), data), expected)
+
+
+def law_order_of_rows(row, data):
+    if row.order:
+        close(row.measure(row.make().fit(data.flip(0)), data), row.measure(row.make().fit(data), data))
+
+
+def law_bad_data(row, data):
+    broken = data.clone()
+    broken[3, 1] = float("nan")
+    for bad in (broken, data[:0], data[0], data.unsqueeze(0)):
+        with pytest.raises(ValueError, match=r"finite|empty|shape|rows|points"):
+            row.make().fit(bad)
+    with pytest.raises(ValueError, match="features"):
+        row.measure(row.make().fit(data), data[:, :-1])
+
+
+LAWS = {name.removeprefix("law_"): law for name, law in list(globals().items()) if name.startswith("law_")}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", TABLE)
+def test_law(name, law, generator):
+    LAWS[law](TABLE[name], TABLE[name].data(generator))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_scikit_learn_clones_it(name, generator):
+    base = pytest.importorskip("sklearn.base")
+    row = TABLE[name]
+    data = row.data(generator)
+    fitted = row.make().fit(data)
+    fresh = base.clone(fitted)
+    assert fresh.get_params() == fitted.get_params()
+    law_not_fitted(replace(row, make=lambda: fresh), data)
+
+
+class Wrong(HighDimKDE):
+    """Right but for what a subclass below breaks."""
+
+    def fit(self, X, y=None):
+        return super().fit(X)
+
+
+class ForgetsParameters(Wrong):
+    def set_params(self, **parameters):
+        return self
+
+
+class OverwritesParameters(Wrong):
+    def fit(self, X, y=None):
+        super().fit(X)
+        self.bandwidth = self.bandwidth_
+        return self
+
+
+class NeverUnfitted(Wrong):
+    def score_samples(self, X):
+        return super().score_samples(X) if hasattr(self, "points_") else torch.zeros(len(X))
+
+
+class ScalesInPlace(Wrong):
+    def fit(self, X, y=None):
+        X -= 1.0
+        return super().fit(X)
+
+
+class WarmStart(Wrong):
+    def fit(self, X, y=None):
+        rows = torch.as_tensor(X)
+        self.rows = torch.cat([self.rows, rows]) if hasattr(self, "rows") else rows
+        return super().fit(self.rows)
+
+
+class GlobalRandomState(Wrong):
+    def fit(self, X, y=None):
+        super().fit(X)
+        self.bandwidth_ *= 1.0 + float(torch.rand(()))
+        return self
+
+
+class TensorsOnly(Wrong):
+    def fit(self, X, y=None):
+        return super().fit(X.double())
+
+
+class FirstRowsOnly(Wrong):
+    def fit(self, X, y=None):
+        return super().fit(torch.as_tensor(X)[:30])
+
+
+class FillsGaps(Wrong):
+    def fit(self, X, y=None):
+        return super().fit(torch.as_tensor(X).nan_to_num())
+
+
+WRONG = [
+    ("parameters", ForgetsParameters),
+    ("fit_keeps_parameters", OverwritesParameters),
+    ("not_fitted", NeverUnfitted),
+    ("data_unchanged", ScalesInPlace),
+    ("refit_forgets", WarmStart),
+    ("same_every_time", GlobalRandomState),
+    ("arrays", TensorsOnly),
+    ("order_of_rows", FirstRowsOnly),
+    ("bad_data", FillsGaps),
+]
+
+
+@pytest.mark.parametrize(("law", "wrong"), WRONG)
+def test_law_bites(law, wrong, generator):
+    row = replace(TABLE["HighDimKDE"], make=wrong)
+    with pytest.raises((AssertionError, AttributeError, pytest.fail.Exception)):
+        LAWS[law](row, row.data(generator))
+
+
+def test_every_law_is_shown_to_bite():
+    assert {law for law, _ in WRONG} == set(LAWS)
