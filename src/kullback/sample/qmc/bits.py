@@ -57,7 +57,7 @@ def compiled(*tensors: Tensor) -> ModuleType | None:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in main memory, allocated by numpy, which asks for huge pages: half the time of a fill."""
+    """An uninitialised tensor in main memory, from numpy, which asks for huge pages: half the time of a fill."""
     return torch.from_numpy(np.empty(shape, dtype=str(dtype).removeprefix("torch.")))
 
 

@@ -1,4 +1,4 @@
-"""Generating matrices of Sobol' nets, from the direction numbers that scipy installs (Joe and Kuo, 21201 dimensions)."""
+"""Generating matrices of Sobol' nets, from the direction numbers (Joe and Kuo, 21201 dimensions) that scipy installs."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def sobol_matrices(dimensions: int) -> Tensor:
     """
     limit = len(_direction_numbers()[0])
     if not 1 <= dimensions <= limit:
-        raise ConfigError(f"Sobol' nets have 1 to {limit} dimensions, not {dimensions}: pass matrices, or use a lattice")
+        raise ConfigError(f"Sobol' nets have 1 to {limit} dimensions, not {dimensions}: pass matrices of your own")
     return torch.from_numpy(_matrices(dimensions).copy())

@@ -144,7 +144,7 @@ def construct_vector(dimensions: int, *, lowest: int, highest: int, weights: Ten
 def _alone(dimensions: int, number: int, weights: list[float]) -> list[float]:
     """The squared errors after each component of the vector that is best for 2^number points alone."""
     levels = [_Level(level) for level in range(number + 1)]
-    found = []
+    found: list[float] = []
     for weight in weights[:dimensions]:
         errors = _errors(levels, weight, number)[0]
         exponent = int(errors.argmin()) if found else 0
