@@ -113,7 +113,8 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
             for draw in range(draws):
                 counter = (row * draws + draw) * stride
                 accepted = False
-                for _ in range(max_tries):
+                # A row whose weights have once been summed goes on with them.
+                for _ in range(0 if filled else max_tries):
                     index = _search(weights, guide, _counted(seed, counter))
                     half = _half_square(means, points, chain, index, row)
                     coin = _counted(seed, counter + 1)
@@ -132,5 +133,6 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
                         filled = True
                     if not buffer[-1] > 0.0:
                         return False
-                    out[chain, row, draw] = _draw_row(buffer, _counted(seed, counter))
+                    last = (row * draws + draw) * stride + 2 * max_tries
+                    out[chain, row, draw] = _draw_row(buffer, _counted(seed, last))
     return True

@@ -46,8 +46,11 @@ class BackwardDraws(NamedTuple):
 
 def select(x: Tensor, indices: Tensor) -> Tensor:
     """Rows of x [R, N, ...] by indices [R, ...] of each chain."""
-    offsets = torch.arange(len(x), device=x.device).reshape(-1, *[1] * (indices.ndim - 1)) * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (indices + offsets).flatten()).reshape(*indices.shape, *x.shape[2:])
+    flat = indices if indices.ndim == 2 else indices.flatten(1)
+    for width in x.shape[2:]:
+        flat = flat.unsqueeze(-1).expand(*flat.shape, width)
+    chosen = x.gather(1, flat)
+    return chosen if indices.ndim == 2 else chosen.view(*indices.shape, *x.shape[2:])
 
 
 def backward_sample(
@@ -78,7 +81,7 @@ def backward_sample(
         method = "hybrid" if x.shape[1] > limit and hasattr(model, "log_trans_sup") else "exact"
     if num_draws < 1:
         raise ConfigError(f"num_draws is {num_draws}: a point needs at least one backward draw")
-    seeds = chain_seeds(len(x), generator)
+    seeds = chain_seeds(x.shape[0], generator)
     if method == "metropolis":
         if ancestors is None:
             raise ConfigError("metropolis starts at the ancestors of the points: pass ancestors [R, P]")
@@ -89,7 +92,7 @@ def backward_sample(
             return _compiled(loops, model, log_weights, x, x_next, time, seeds, num_draws, 0)
         numbers = counted_uniform(seeds[:, None, None], _counters(x_next.shape[1], num_draws, 1, x.device))
         indices = _exact(model, log_weights, x, x_next, time, numbers)
-        return BackwardDraws(indices, torch.ones(len(x), dtype=torch.float64, device=x.device))
+        return BackwardDraws(indices, torch.ones(x.shape[0], dtype=torch.float64, device=x.device))
     size = x.shape[1]
     if method == "rejection":
         max_tries = _UNBOUNDED
@@ -218,7 +221,7 @@ def _acceptance(model: Any, x: Tensor, x_next: Tensor, time: int) -> Callable[[T
 
 def _rejection(model, log_weights, x, x_next, time, seeds, num_draws, max_tries) -> BackwardDraws:
     """Rejection in rounds over the draws still open, gathered to the front of each chain; inversion of those left."""
-    chains, rows, device = len(x), x_next.shape[1], x.device
+    chains, rows, device = x.shape[0], x_next.shape[1], x.device
     log_ratio, cumulative = _acceptance(model, x, x_next, time), _cumulative(log_weights)
     indices = torch.full((chains, rows * num_draws), -1, device=device)
     tries = torch.zeros(chains, dtype=torch.int64, device=device)
@@ -239,14 +242,15 @@ def _rejection(model, log_weights, x, x_next, time, seeds, num_draws, max_tries)
         accepted = counted_uniform(seeds[:, None], counters + 1).log() < log_ratio(proposed, slots // num_draws)
         indices = indices.scatter(1, slots, torch.where(accepted & open_, proposed, indices.gather(1, slots)))
     rate = rows * num_draws / tries.to(torch.float64)
-    left = indices < 0
+    # As in the compiled loops: a point whose weights have once been summed goes on with them for its other draws.
+    left = (indices < 0).reshape(chains, rows, num_draws).cummax(-1).values.flatten(1)
     most = int(left.sum(1).max())
     if most:
         slots = left.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         numbers = counted_uniform(seeds[:, None], first[slots] + 2 * max_tries)
         drawn = _exact(model, log_weights, x, select(x_next, slots // num_draws), time, numbers.unsqueeze(-1))
-        kept = indices.gather(1, slots)
-        indices = indices.scatter(1, slots, torch.where(kept < 0, drawn.squeeze(-1), kept))
+        chosen = torch.where(left.gather(1, slots), drawn.squeeze(-1), indices.gather(1, slots))
+        indices = indices.scatter(1, slots, chosen)
     return BackwardDraws(indices.reshape(chains, rows, num_draws), rate)
 
 

@@ -14,6 +14,7 @@ statistic [R, N, K]; an observation [p], or [R, p] where chains have data of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -192,8 +193,7 @@ def first_particles(
     if proposal is not None:
         log_weights = log_weights + model.log_init(x) - proposal.log_init(x, row)
     log_total = _total(log_weights, 0)
-    size = torch.tensor(float(smoother.num_particles), dtype=log_weights.dtype)
-    return x, log_weights - log_total.unsqueeze(-1), log_total - size.log().to(log_total.device)
+    return x, log_weights - log_total.unsqueeze(-1), log_total - math.log(smoother.num_particles)
 
 
 def _total(log_weights: Tensor, time: int) -> Tensor:
@@ -238,14 +238,16 @@ def move(
     return Moved(x_next, weights - log_total.unsqueeze(-1), ancestors, log_total)
 
 
-def _resample(smoother: Smoother, log_weights: Tensor, count: int, generator: Generators) -> tuple[Tensor, Tensor]:
-    """Ancestors [R, count] and the log-weights [R, N] or [R, 1] with which the moved particles begin."""
+def _resample(
+    smoother: Smoother, log_weights: Tensor, count: int, generator: Generators
+) -> tuple[Tensor, Tensor | float]:
+    """Ancestors [R, count] and the log-weights, [R, N] or a number, with which the moved particles begin."""
     chains, size = log_weights.shape
     numbers = uniform((chains, 1 if smoother.resampling == "systematic" else count), generator)
     if smoother.resampling != "multinomial":
         numbers = (torch.arange(count, device=numbers.device) + numbers) / count
     ancestors = invert(log_weights.exp().cumsum(-1), numbers)
-    even = log_weights.new_full((chains, 1), 1.0 / size).log()
+    even = -math.log(size)
     if smoother.threshold == 1.0:
         return ancestors, even
     chosen = (effective_size(log_weights) < smoother.threshold * size).unsqueeze(-1)
@@ -284,7 +286,7 @@ def carry(
 
     if smoother.num_backward is None:
         mean = backward_mean(model, log_weights, x, moved.x, time, values=tau, pair=pair)
-        return mean, None, torch.ones(len(x), dtype=torch.float64, device=x.device)
+        return mean, None, torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
     indices, rate = backward_sample(
         model, log_weights, x, moved.x, time,
         num_draws=smoother.num_backward, method=smoother.backward, ancestors=moved.ancestors,

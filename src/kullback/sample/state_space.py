@@ -307,8 +307,8 @@ class FiniteModel:
 
 def apply(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix [m, d] or [R, m, d] on vectors x [R, ..., d]: [R, ..., m]."""
-    if matrix.shape[-2:] == (1, 1):
-        return x * _spread(matrix[..., 0], x)
+    if matrix.shape[-1] == matrix.shape[-2] == 1:
+        return x * (matrix if matrix.ndim == 2 else matrix.view(-1, *[1] * (x.ndim - 1)))
     if matrix.ndim == 2:
         return x @ matrix.mT
     chains = max(len(matrix), len(x))
@@ -318,7 +318,7 @@ def apply(matrix: Tensor, x: Tensor) -> Tensor:
 
 def _spread(vector: Tensor, x: Tensor) -> Tensor:
     """A vector [d], or one for each chain [R, d], in a shape that broadcasts against x [R, ..., d]."""
-    return vector if vector.ndim == 1 else vector.reshape(len(vector), *[1] * (x.ndim - 2), vector.shape[-1])
+    return vector if vector.ndim == 1 else vector.reshape(vector.shape[0], *[1] * (x.ndim - 2), vector.shape[-1])
 
 
 def _per_chain(value: Tensor, z: Tensor) -> Tensor:
