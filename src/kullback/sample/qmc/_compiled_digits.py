@@ -221,12 +221,13 @@ def fill_digits(out, columns, bases, counts, tables, first):
     """out [R, n, d] from columns [R or 1, d, m, t], bases [d], digits kept [d] and tables [R, sum t b]."""
     dimensions = out.shape[2]
     for r in range(out.shape[0]):
-        start = 0
+        place = 0
         for j in range(0, dimensions, GROUP):
             stop = min(j + GROUP, dimensions)
             own = columns[r if columns.shape[0] > 1 else 0, j:stop]
-            _fill_group(out[r, :, j:stop], own, bases[j:stop], counts[j:stop], tables[r, start:], first)
-            start += (bases[j:stop] * counts[j:stop]).sum()
+            _fill_group(out[r, :, j:stop], own, bases[j:stop], counts[j:stop], tables[r, place:], first)
+            for k in range(j, stop):
+                place += bases[k] * counts[k]
 
 
 @njit(cache=True, nogil=True)

@@ -7,6 +7,8 @@ device; conversion to floating point drops what the mantissa cannot hold, so tha
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -37,23 +39,19 @@ SECOND = 0x94D049BB133111EB - (1 << 64)
 BLOCK = 6  # levels of the binary tree whose 63 nodes share one random word
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> ModuleType | None:
-    try:
-        import numba  # noqa: F401
-    except ImportError:
+@lru_cache(maxsize=4)
+def _kernels(name: str) -> ModuleType | None:
+    if find_spec("numba") is None:
         return None
-    from kullback.sample.qmc import _compiled
-
-    return _compiled
+    return import_module(f"kullback.sample.qmc.{name}")
 
 
-def compiled(*tensors: Tensor) -> ModuleType | None:
+def compiled(*tensors: Tensor, module: str = "_compiled") -> ModuleType | None:
     """The compiled kernels where numba is installed and every tensor lies in main memory, else None.
 
     They give the same bits as the torch code beside them, and are an order of magnitude faster.
     """
-    return _kernels() if all(tensor.device.type == "cpu" for tensor in tensors) else None
+    return _kernels(module) if all(tensor.device.type == "cpu" for tensor in tensors) else None
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -99,8 +100,8 @@ class DigitSource:
     kind: Kind = "digits"
 
     def unit(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        fast = device.type == "cpu" and compiled(self.columns) is not None
-        result = self._compiled(first, count) if fast else self._naive(first, count, device)
+        kernels = compiled(self.columns, module="_compiled_digits") if device.type == "cpu" else None
+        result = self._naive(first, count, device) if kernels is None else self._compiled(kernels, first, count)
         if dtype == torch.float64:
             return result
         return result.to(dtype).clamp_(max=1.0 - 2.0**-24)
@@ -108,9 +109,7 @@ class DigitSource:
     def bits(self, first: int, count: int, device: torch.device) -> Tensor:
         raise ConfigError("only nets in base 2 have binary digits: take the points as numbers")
 
-    def _compiled(self, first: int, count: int) -> Tensor:
-        from kullback.sample.qmc import _compiled_digits as kernels
-
+    def _compiled(self, kernels: ModuleType, first: int, count: int) -> Tensor:
         dimensions = len(self.bases) // (1 if self.keys is None else self.alpha)
         result = empty(len(self.tables), count, dimensions, dtype=torch.float64)
         shared = [x.numpy() for x in (self.columns, self.bases, self.counts)]
@@ -133,25 +132,21 @@ class DigitSource:
 
     def _naive(self, first: int, count: int, device: torch.device) -> Tensor:
         index = torch.arange(first, first + count, device=device)
-        columns, start = [], 0
+        columns: list[Tensor] = []
+        scrambled: list[list[Tensor]] = []
+        start = 0
         for dimension, (base, kept) in enumerate(zip(self.bases.tolist(), self.counts.tolist())):
             digits = self._digits(dimension, index)
             if self.keys is not None:
-                columns.append(
-                    [
-                        nested_digits(digits[r % len(digits)], key, base)
-                        for r, key in enumerate(self.keys[:, dimension].to(device))
-                    ]
-                )
+                own = self.keys[:, dimension].to(device)
+                scrambled.append([nested_digits(digits[0], key, base) for key in own])
                 continue
             table = self.tables[:, start : start + base * kept].unflatten(-1, (kept, base)).to(device)
             start += base * kept
             digits = digits.expand(len(table), -1, -1)
             values = table.unsqueeze(1).expand(-1, count, -1, -1).gather(-1, digits.unsqueeze(-1)).squeeze(-1).sum(-1)
             columns.append(values.to(torch.float64) / base**kept)
-        if self.keys is None:
-            return torch.stack(columns, -1)
-        return self._woven(columns)
+        return torch.stack(columns, -1) if self.keys is None else self._woven(scrambled)
 
     def _woven(self, digits: list[list[Tensor]]) -> Tensor:
         """Points [R, n, d] from digits [n, t] of each of alpha d dimensions and replications."""

@@ -1,4 +1,4 @@
-"""Generating matrices of Sobol' nets, from the direction numbers (Joe and Kuo, 21201 dimensions) that scipy installs."""
+"""Generating matrices of Sobol' nets in 21201 dimensions, from the direction numbers (Joe, Kuo) that scipy installs."""
 
 from __future__ import annotations
 

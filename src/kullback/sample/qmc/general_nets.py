@@ -169,13 +169,8 @@ def _net(
     else:
         if alpha > 1:
             every, bases, kept = weave(every, alpha, width), bases[::alpha].contiguous(), kept[::alpha].contiguous()
-        tables = torch.cat(
-            [
-                _table(base, digits, name, count, generator).flatten(1)
-                for base, digits in zip(bases.tolist(), kept.tolist())
-            ],
-            1,
-        )
+        sizes = zip(bases.tolist(), kept.tolist())
+        tables = torch.cat([_table(base, digits, name, count, generator).flatten(1) for base, digits in sizes], 1)
     source = DigitSource(bases, kept, every.contiguous(), tables.contiguous(), limit, keys, alpha)
     return PointSet(source, dimensions, replications, name, "natural")
 
