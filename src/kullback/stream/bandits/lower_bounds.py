@@ -33,7 +33,8 @@ def bernoulli_kl(p: float, q: float) -> float:
 def kl_upper_bound(mean: float, budget: float) -> float:
     """The largest q in [mean, 1] with kl(mean, q) <= budget, to 1e-12.
 
-    Newton's method from a point above the root, on which a convex function comes down to it without passing it.
+    Newton's method from the expansion to third order, kept below a bound that is above the root: on a convex function
+    a step from below the root leads above it, and steps from above come down to it without passing it.
 
     >>> round(bernoulli_kl(0.3, kl_upper_bound(0.3, 0.1)), 9)
     0.1
@@ -41,10 +42,13 @@ def kl_upper_bound(mean: float, budget: float) -> float:
     if mean >= 1.0 or budget <= 0.0:
         return min(mean, 1.0)
     rest = 1.0 - mean
-    entropy = -rest * math.log(rest)
-    if mean > 0.0:
-        entropy -= mean * math.log(mean)
-    upper = min(mean + math.sqrt(budget / 2.0), 1.0 - math.exp(-(budget + entropy) / rest))
+    bound = mean + math.sqrt(0.5 * budget)
+    if bound >= 1.0 or mean <= 0.0:
+        entropy = -rest * math.log(rest) - (mean * math.log(mean) if mean > 0.0 else 0.0)
+        bound = min(bound, 1.0 - math.exp(-(budget + entropy) / rest))
+    upper = mean + math.sqrt(2.0 * mean * rest * budget) + (1.0 - 2.0 * mean) * budget * (2.0 / 3.0)
+    if not mean < upper < bound:
+        upper = bound
     for _ in range(60):
         if upper >= 1.0 or upper <= mean:
             break
@@ -52,8 +56,8 @@ def kl_upper_bound(mean: float, budget: float) -> float:
         if mean > 0.0:
             value += mean * math.log(mean / upper)
         step = value * upper * (1.0 - upper) / (upper - mean)
-        upper -= step
-        if abs(step) < 1e-13:
+        upper = min(upper - step, bound)
+        if abs(step) < 1e-8 * (upper - mean):  # the next one would be below 1e-16 of it
             break
     return min(max(upper, mean), 1.0)
 

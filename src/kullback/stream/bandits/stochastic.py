@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import special
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.core.types import Policy
@@ -174,20 +175,23 @@ def kl_ucb_budget(rounds: int, factor: float) -> float:
 def KLUCB(arms: int, *, factor: float = 3.0, **options: Any) -> IndexPolicy:
     """Optimism by the coin's own divergence: the largest q with n kl(mean, q) <= log t + factor log log t.
 
-    Exact where it matters: arms whose Pinsker bound lies below the largest index keep that bound in its place.
+    Exact where it matters: with the index q of a promising arm in hand, arms with n kl(mean, q) above the right side
+    have a smaller one, and get their Pinsker bound, cut at q, in its place.
     """
 
     def index(seen: ArmStatistics) -> Floats:
         budget = kl_ucb_budget(seen.rounds, factor)
-        bounds = np.minimum(seen.means + math.sqrt(budget / 2.0) * seen.inverse_roots, 1.0)
-        if seen.unplayed:
-            bounds[seen.counts == 0.0] = -math.inf  # only ever here when the allowed arms leave them out
-        largest = -math.inf
-        for arm in np.argsort(-bounds).tolist():
-            if bounds[arm] < largest:
-                break
-            bounds[arm] = kl_upper_bound(float(seen.means[arm]), budget / float(seen.counts[arm]))
-            largest = max(largest, float(bounds[arm]))
+        played = np.maximum(seen.counts, 1.0)
+        bounds = np.minimum(seen.means + math.sqrt(budget / 2.0) / np.sqrt(played), 1.0)
+        bounds[seen.counts == 0.0] = -math.inf  # only ever here when the allowed arms leave them out
+        top = int(bounds.argmax())
+        highest = kl_upper_bound(float(seen.means[top]), budget / float(played[top]))
+        inside = min(max(highest, 1e-300), 1.0 - 1e-16)
+        divergence = special.kl_div(seen.means, inside) + special.kl_div(1.0 - seen.means, 1.0 - inside)
+        larger = played * divergence <= budget + 1e-9 * (1.0 + played)
+        bounds[~larger] = np.minimum(bounds[~larger], np.nextafter(highest, 0.0))
+        for arm in np.flatnonzero(larger & (bounds > -math.inf)).tolist():
+            bounds[arm] = kl_upper_bound(float(seen.means[arm]), budget / float(played[arm]))
         return bounds
 
     return IndexPolicy(arms, index=index, **options)

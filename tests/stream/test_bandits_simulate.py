@@ -1,0 +1,171 @@
+"""The compiled simulator beside policy objects, its regrets beside the card's, and what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.rng import generator as stream
+from kullback.stream import bandits
+from kullback.stream.bandits import simulate as sim
+
+pytest.importorskip("numba")
+
+HORIZON, ARMS = 600, 5
+TWINS = {
+    "explore_first": ({}, lambda: bandits.ExploreFirst(ARMS, horizon=HORIZON)),
+    "successive_elimination": (
+        {"exploration": 0.1},
+        lambda: bandits.SuccessiveElimination(ARMS, horizon=HORIZON, exploration=0.1),
+    ),
+    "ucb1": ({"ties": "first"}, lambda: bandits.UCB1(ARMS, horizon=HORIZON, ties="first")),
+    "ucb1, any time": ({"anytime": True}, lambda: bandits.UCB1(ARMS)),
+    "ucb_v": ({}, lambda: bandits.UCBV(ARMS, horizon=HORIZON)),
+    "ucb_v, any time": ({"anytime": True}, lambda: bandits.UCBV(ARMS)),
+    "kl_ucb": ({}, lambda: bandits.KLUCB(ARMS)),
+    "epsilon_greedy": ({"epsilon": 0.0}, lambda: bandits.EpsilonGreedy(ARMS, epsilon=0.0)),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_compiled_policy_pulls_the_arms_of_the_policy_object(name, generator):
+    """On a table of rewards without ties nothing is left to chance: regret and counts agree round by round."""
+    table = torch.rand(HORIZON, ARMS, generator=generator, dtype=torch.float64) * torch.tensor(
+        [0.3, 0.9, 0.5, 1.0, 0.7]
+    )
+    options, make = TWINS[name]
+    kwargs = {"generator": generator, "points": HORIZON}
+    fast = sim.simulate(name.split(",")[0], sim.RewardTable(table), HORIZON, **kwargs, **options)
+    naive = sim.simulate(make, sim.RewardTable(table), HORIZON, **kwargs)
+    assert torch.equal(fast.pulls, naive.pulls)
+    torch.testing.assert_close(fast.curves, naive.curves, rtol=0, atol=1e-9)
+    assert fast.pulls.min() < fast.pulls.max()
+
+
+LAWS = {
+    "epsilon_greedy": ({}, lambda: bandits.EpsilonGreedy(3)),
+    "ucb1": ({}, lambda: bandits.UCB1(3, horizon=60)),
+    "kl_ucb": ({}, lambda: bandits.KLUCB(3)),
+    "thompson_beta": ({}, lambda: bandits.ThompsonBeta(3)),
+    "thompson_beta, another prior": ({"prior": (0.5, 2.0)}, lambda: bandits.ThompsonBeta(3, prior=(0.5, 2.0))),
+    "thompson_gaussian": ({"noise": 0.5}, lambda: bandits.ThompsonGaussian(3, noise=0.5)),
+    "exp3": ({"rate": 0.2, "mixing": 0.1}, lambda: bandits.Exp3(3, rate=0.2, mixing=0.1)),
+    "exp3_ix": ({}, lambda: bandits.Exp3IX(3, horizon=60)),
+    "exp3_p": ({}, lambda: bandits.Exp3P(3, horizon=60)),
+    "exp3_s": ({"switches": 3}, lambda: bandits.Exp3S(3, horizon=60, switches=3)),
+    "tsallis_inf": ({}, lambda: bandits.TsallisINF(3)),
+    "hedge": ({}, lambda: bandits.Hedge(3, horizon=60)),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_compiled_policy_has_the_regret_of_the_policy_object(name, generator):
+    options, make = LAWS[name]
+    environment = sim.Bernoulli([0.2, 0.8, 0.5])
+    fast = sim.simulate(name.split(",")[0], environment, 60, runs=20_000, generator=generator, **options)
+    naive = sim.simulate(make, environment, 60, runs=150, generator=generator)
+    assert abs(fast.mean - naive.mean) < 6 * math.hypot(fast.error, naive.error)
+    other = sim.simulate("explore_first", environment, 60, runs=100, generator=generator, pulls=20)
+    assert abs(other.mean - naive.mean) > 6 * naive.error  # the check would see another policy
+
+
+MEASURED = {  # the card's regrets after 20,000 rounds of one arm of 0.6 and nine of 0.5
+    "explore_first": (306.0, 0.5),
+    "epsilon_greedy": (454.6, 3.6),
+    "successive_elimination": (1800.0, 0.0),
+    "ucb1": (887.9, 10.4),
+    "thompson_beta": (181.9, 8.2),
+    "exp3": (604.8, 19.4),
+    "hedge": (81.6, 3.1),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_regret_is_the_cards(name, generator):
+    result = sim.simulate(name, sim.Bernoulli([0.6] + 9 * [0.5]), 20_000, runs=100, generator=generator)
+    value, error = MEASURED[name]
+    assert abs(result.mean - value) <= 6 * math.hypot(error, result.error) + 0.5
+
+
+def test_seed_and_workers(generator):
+    run = lambda seed, workers: sim.simulate(  # noqa: E731
+        "thompson_beta", sim.Bernoulli([0.3, 0.6]), 300, runs=7, generator=stream(seed, "runs"), workers=workers
+    )
+    one, two, other = run(1, 1), run(1, 2), run(2, 1)
+    assert torch.equal(one.curves, two.curves)
+    assert torch.equal(one.pulls, two.pulls)
+    assert not torch.equal(one.curves, other.curves)
+    assert len(one.curves.unique(dim=0)) == 7
+
+
+def test_counts_and_curves_add_up(generator):
+    means = torch.tensor([0.1, 0.7, 0.4], dtype=torch.float64)
+    for policy in ("epsilon_greedy", "exp3"):
+        result = sim.simulate(policy, sim.Bernoulli(means), 1000, runs=4, generator=generator, points=7)
+        assert result.pulls.sum(-1).tolist() == 4 * [1000]
+        torch.testing.assert_close(result.pulls.double() @ (0.7 - means), result.final)
+        assert result.steps[-1] == 1000
+        assert (result.curves.diff() >= 0).all()
+
+
+def test_every_run_has_its_own_means(generator):
+    means = torch.rand(50, 2, generator=generator, dtype=torch.float64)
+    result = sim.simulate("explore_first", sim.Bernoulli(means), 2, runs=50, generator=generator, pulls=1)
+    torch.testing.assert_close(result.final, (means[:, 0] - means[:, 1]).abs())
+
+
+def test_gaussian_rewards_have_their_moments(generator):
+    environment = sim.Gaussian([0.0, 1.0], deviation=2.0)
+    fast = sim.simulate("thompson_gaussian", environment, 200, runs=4000, generator=generator, noise=2.0)
+    naive = sim.simulate(lambda: bandits.ThompsonGaussian(2, noise=2.0), environment, 200, runs=60, generator=generator)
+    assert abs(fast.mean - naive.mean) < 6 * math.hypot(fast.error, naive.error)
+
+
+def test_a_sequence_that_fools_ucb1_does_not_fool_exp3(generator):
+    """The card's claim in small: UCB1 loses T (1 - 1/K), Exp3 stays within its bound."""
+    horizon = 5000
+    table = sim.fooling_table(bandits.UCB1(10, horizon=horizon, ties="first"), 10, horizon)
+    fooled = sim.simulate("ucb1", table, horizon, generator=generator, ties="first")
+    assert fooled.mean >= horizon * 0.9
+    exp3 = sim.simulate("exp3", table, horizon, runs=20, generator=generator)
+    assert exp3.mean <= math.sqrt(2 * horizon * 10 * math.log(10))
+
+
+def test_bayesian_regret_is_below_the_information_bound(generator):
+    means = torch.rand(400, 10, generator=generator, dtype=torch.float64)
+    result = sim.simulate("thompson_beta", sim.Bernoulli(means), 2000, runs=400, generator=generator)
+    assert 0 < result.mean < math.sqrt(0.5 * 2000 * 10 * math.log(10))
+
+
+def test_exact_regret_of_uniform_play():
+    policy = bandits.EpsilonGreedy(2, epsilon=1.0)
+    value = sim.exact_regret(policy, [0.2, 0.8], 4)
+    assert value == pytest.approx(4 * 0.3)
+    assert policy.seen.rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda g: sim.simulate("ucb2", sim.Bernoulli([0.5]), 10, generator=g), ConfigError),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli([0.5]), 10, generator=g, rate=1.0), ConfigError),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli([0.5]), 10, generator=g, ties="last"), ConfigError),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli([0.5]), 0, generator=g), ConfigError),
+        (
+            lambda g: sim.simulate(lambda: bandits.UCB1(1), sim.Bernoulli([0.5]), 9, generator=g, ties="first"),
+            ConfigError,
+        ),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli([0.5, math.nan]), 10, generator=g), DataError),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli([0.5, 1.5]), 10, generator=g), DataError),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli([]), 10, generator=g), ShapeError),
+        (lambda g: sim.simulate("ucb1", sim.Bernoulli(np.ones((3, 2))), 10, runs=2, generator=g), ShapeError),
+        (lambda g: sim.simulate("ucb1", sim.RewardTable(np.ones((3, 2))), 10, generator=g), ShapeError),
+        (lambda g: sim.simulate("ucb1", sim.RewardTable(2 * np.ones((10, 2))), 10, generator=g), DataError),
+        (lambda g: sim.simulate("ucb1", sim.Gaussian([0.5], deviation=-1.0), 10, generator=g), DataError),
+    ],
+)
+def test_bad_input_is_named(call, error, generator):
+    with pytest.raises(error):
+        call(generator)
