@@ -1,8 +1,11 @@
 """Every test runs on one thread, with no network and with caches of its own."""
 
 import errno
+import gc
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +29,10 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that holds 256 kB: a real file system where one can be mounted, else by an fsync that fails."""
-    folder = tmp_path / "small"
-    folder.mkdir()
+    # Not below pytest's own folders, which it could not remove while something is mounted there.
+    folder = Path(tempfile.mkdtemp(prefix="kullback-disk-"))
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     try:
         mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -37,7 +40,9 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         mounted = False
     if mounted:
         yield folder
+        gc.collect()
         subprocess.run(["umount", "--lazy", str(folder)], check=True)  # memory maps may be open still
+        folder.rmdir()
         return
     sync = os.fsync
 
@@ -49,3 +54,4 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
     monkeypatch.setattr(os, "fsync", fsync)
     yield folder
+    shutil.rmtree(folder)

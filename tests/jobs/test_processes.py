@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +21,18 @@ from kullback.jobs import distill as job
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def command(*words, processes=1):
     if processes == 1:
         return [sys.executable, "-m", "kullback", "distill", *map(str, words)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--main_process_port", str(port), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+    # --multi_gpu is accelerate's name for one process beside the other, which are on gloo where there is no GPU
+    launch += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [sys.executable, "-m", *launch, "-m", "kullback", "distill", *map(str, words)]
 
 
@@ -49,6 +54,8 @@ def test_two_processes_have_the_loss_of_one(config, tmp_path, on_policy):
     config = replace(config, objective=replace(config.objective, on_policy=on_policy, prompt=4))
     (tmp_path / "job.toml").write_text(to_toml(config))
     run("--config", tmp_path / "job.toml", "--out", tmp_path / "two", processes=2)
+    randomness = (tmp_path / "two" / "parts" / "distilled-0" / "ckpt" / "step-00000006").glob("randomness-*.json")
+    assert sorted(path.stem for path in randomness) == ["randomness-0", "randomness-1"], "there were two processes"
     two = losses(tmp_path / "two")
     if on_policy:  # each process draws samples of its own
         assert two[6]["divergence"] < two[0]["divergence"]
@@ -60,14 +67,31 @@ def test_two_processes_have_the_loss_of_one(config, tmp_path, on_policy):
             assert two[step][name] == pytest.approx(event[name], rel=1e-5)
 
 
-def test_a_fully_sharded_student_is_the_same_student(config, tmp_path):
-    config = replace(config, training=replace(config.training, fsdp="full_shard auto_wrap"))
+def sharded(*words, stop=""):
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    script = Path(__file__).with_name("_sharded.py")
+    return subprocess.run(
+        [sys.executable, "-m", *launch, str(script), "distill", *map(str, words)],
+        env={**ENVIRONMENT, "KULLBACK_TEST_STOP": stop}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_fully_sharded_student_is_the_same_student_stopped_and_resumed(config, tmp_path):
+    config = replace(config, training=replace(config.training, fsdp=True))
     (tmp_path / "job.toml").write_text(to_toml(config))
-    run("--config", tmp_path / "job.toml", "--out", tmp_path / "two", processes=2)
-    one = job.run(replace(config, training=replace(config.training, fsdp="")), tmp_path / "one")
+    stopped = sharded("--config", tmp_path / "job.toml", "--out", tmp_path / "two", stop="3")
+    assert "stopped after step 3 of 6, all saved" in stopped.stderr
+    resumed = sharded("--resume", tmp_path / "two")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    one = job.run(replace(config, training=replace(config.training, fsdp=False)), tmp_path / "one")
+    two = losses(tmp_path / "two")
     for step, event in losses(one.path).items():
-        assert losses(tmp_path / "two")[step]["cross_entropy"] == pytest.approx(event["cross_entropy"], rel=1e-4)
-    assert load_file(tmp_path / "two" / "model" / "model.safetensors").keys()
+        assert two[step]["cross_entropy"] == pytest.approx(event["cross_entropy"], rel=1e-5)
+    expected = load_file(one.path / "model" / "model.safetensors")
+    found = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_sigkill_at_any_step_then_resume_gives_the_same_bits(config, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +45,8 @@ def distill(
             return
         with Progress(quiet=json_) as progress:
             run = job.run(settings, out or _free_folder(Path("runs"), "distill"), listen=progress)
-    _show_report(run.path, as_json=json_)
+    if int(os.environ.get("RANK", "0")) == 0:  # under accelerate launch the first process speaks
+        _show_report(run.path, as_json=json_)
 
 
 def _settings(

@@ -30,16 +30,18 @@ def measure(
 ) -> dict[str, float]:
     """Mean cross-entropy (nats a token), its perplexity and, with a teacher, the mean divergence (nats a token).
 
-    blocks: items with input_ids [T]; model: a causal language model or its DDP or FSDP wrapper; reduce: sums a tensor
-    over processes that each hold their own blocks.
+    blocks: items with input_ids [T] and, where not all count, labels [T] that are -100 there; model: a causal language
+    model or its DDP or FSDP wrapper; reduce: sums a tensor over processes that each hold as many blocks of their own.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     try:
         for start in range(0, len(blocks), batch):
-            rows = [blocks[index]["input_ids"] for index in range(start, min(start + batch, len(blocks)))]
-            totals += _batch_totals(model, torch.stack(rows).to(device), teacher, divergence, vocabulary)
+            items = [blocks[index] for index in range(start, min(start + batch, len(blocks)))]
+            ids = torch.stack([item["input_ids"] for item in items]).to(device)
+            labels = torch.stack([item.get("labels", item["input_ids"]) for item in items]).to(device)
+            totals += _batch_totals(model, ids, labels, teacher, divergence, vocabulary)
     finally:
         model.train(training)
     tokens, cross_entropy, distance = (totals if reduce is None else reduce(totals)).tolist()
@@ -50,14 +52,16 @@ def measure(
     return found
 
 
-def _batch_totals(model: Any, ids: Tensor, teacher: Teacher | None, divergence: Divergence, size: int | None) -> Tensor:
+def _batch_totals(
+    model: Any, ids: Tensor, labels: Tensor, teacher: Teacher | None, divergence: Divergence, size: int | None
+) -> Tensor:
     mask = torch.ones_like(ids)
     target = None if teacher is None else teacher(ids, mask)
     parts = [Objective(divergence=divergence, cross_entropy=1.0)]
     parts += [] if teacher is None else [Objective(divergence=divergence, cross_entropy=0.0)]
 
     def sums(student: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return torch.stack([part.loss(target, student, ids, weight=weight, bias=bias, count=1) for part in parts])
+        return torch.stack([part.loss(target, student, labels, weight=weight, bias=bias, count=1) for part in parts])
 
     bare = getattr(model, "module", model)
     if has_plain_head(bare):
@@ -67,5 +71,5 @@ def _batch_totals(model: Any, ids: Tensor, teacher: Teacher | None, divergence: 
             found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     else:
         found = sums(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., :size])
-    tokens = ids[:, 1:].numel()
+    tokens = int((labels[:, 1:] != -100).sum())
     return torch.tensor([tokens, *found.tolist(), *[0.0] * (2 - len(parts))], dtype=torch.float64, device=ids.device)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 
-from kullback.core.errors import DataError, KullbackError
+from kullback.core.errors import ConfigError, DataError, KullbackError
 from kullback.core.files import atomic_directory
 from kullback.core.rng import generator
 from kullback.core.runs import Run
@@ -24,7 +25,7 @@ from kullback.jobs._checkpoints import RunCheckpoints
 from kullback.jobs._distill_report import write_report
 from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer, merged
 from kullback.jobs._texts import Texts, pack_texts
-from kullback.jobs._training import Listener, TrainingConfig, train, training_arguments
+from kullback.jobs._training import Listener, TrainingConfig, on_cpu, train, training_arguments
 from kullback.jobs.distill import DistillConfig, LoraSettings, ObjectiveConfig, baseline_of, check, objective_of
 
 __all__ = ["Distillation", "Part"]
@@ -56,7 +57,10 @@ class Distillation:
 
     def __init__(self, config: DistillConfig, out: Path, *, listen: Listener, resume: bool = False) -> None:
         check(config)
-        self.config, self.out, self.listen, self.state = config, out, listen, PartialState()
+        self.config, self.out, self.state = config, out, PartialState(cpu=on_cpu())
+        self.listen: Listener = listen if self.state.is_main_process else _say_nothing
+        if config.training.fsdp and self.state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+            raise ConfigError("training.fsdp shards over several processes with an accelerator each: leave it out here")
         fresh = not resume and not out.exists()
         self.divergence = objective_of(config.objective).divergence
         self.teacher_folder, self.tokenizer = self._teacher_and_tokenizer()
@@ -157,8 +161,10 @@ class Distillation:
 
     def evaluate(self, trainer: Any) -> dict[str, float]:
         rank, count = self.state.process_index, self.state.num_processes
-        blocks = self.texts.validation
-        mine = [blocks[index] for index in range(rank, max(len(blocks) - len(blocks) % count, count), count)]
+        mine = list(self.texts.validation[rank::count])
+        if len(mine) * count < len(self.texts.validation):  # as many for each process, or sharded weights never meet
+            filler = self.texts.validation[0]["input_ids"]
+            mine.append({"input_ids": filler, "labels": torch.full_like(filler, -100)})
         return measure(
             trainer.model_wrapped, mine, self.teacher, divergence=self.divergence, vocabulary=self.vocabulary,
             reduce=trainer.accelerator.reduce if count > 1 else None,
@@ -218,6 +224,10 @@ class Distillation:
 def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ids = torch.stack([item["input_ids"] for item in items])
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _say_nothing(event: Any) -> None:
+    """The listener of all processes but the first."""
 
 
 def _describe(part: Part) -> str:

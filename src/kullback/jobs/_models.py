@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,21 @@ import torch
 from kullback.core.errors import ConfigError, DataError, MissingExtra, ShapeError
 from kullback.core.rng import generator
 
-__all__ = ["add_lora", "check_same_tokenizer", "check_weights", "load_model", "load_tokenizer", "merged"]
+__all__ = ["add_lora", "check_same_tokenizer", "check_weights", "load_model", "load_tokenizer", "merged", "without_bars"]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers' own: a job tells its listener how far it is."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_model(folder: str | Path, *, role: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from kullback.core.errors import ConfigError, Interrupted, MissingExtra
 from kullback.core.runs import Run, stop_signals
 
-__all__ = ["Interrupted", "Listener", "TrainingConfig", "train", "training_arguments"]
+__all__ = ["Interrupted", "Listener", "TrainingConfig", "on_cpu", "train", "training_arguments"]
 
 Listener = Callable[[Mapping[str, Any]], None]
 
@@ -23,8 +23,9 @@ class TrainingConfig:
     """How a student is trained. batch: sequences a step, over all processes; the gradient is that of the whole batch.
 
     accumulate: micro-batches a process splits its part of the batch into, for memory; warmup: the share of the steps;
-    clip: largest gradient norm, 0 for none; save_every and evaluate_every: steps; keep: checkpoints kept; fsdp: the
-    strategy of transformers' TrainingArguments, such as "full_shard auto_wrap"; report_to: "tensorboard", "trackio".
+    clip: largest gradient norm, 0 for none; save_every and evaluate_every: steps; keep: checkpoints kept; fsdp:
+    shard the student over the processes, with fsdp_options as in transformers' fsdp_config; report_to: "tensorboard",
+    "trackio".
     """
 
     steps: int = 1000
@@ -37,7 +38,8 @@ class TrainingConfig:
     clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
-    fsdp: str = ""
+    fsdp: bool = False
+    fsdp_options: dict[str, bool | int | str] = field(default_factory=dict)
     save_every: int = 200
     keep: int = 2
     evaluate_every: int = 100
@@ -49,6 +51,8 @@ class TrainingConfig:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ConfigError(f"training.learning_rate must be > 0, got {self.learning_rate}")
+        if self.fsdp_options and not self.fsdp:
+            raise ConfigError("training.fsdp_options does nothing without training.fsdp: set it to true")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"training.warmup is a share of the steps in [0, 1), got {self.warmup}")
 
@@ -75,8 +79,9 @@ def training_arguments(config: TrainingConfig, run: Run, *, processes: int) -> T
         max_grad_norm=config.clip,
         bf16=config.precision == "bfloat16",
         fsdp=config.fsdp or None,
-        fsdp_config={"state_dict_type": "FULL_STATE_DICT"} if config.fsdp else None,
-        use_cpu=not torch.cuda.is_available(),
+        fsdp_config={"state_dict_type": "FULL_STATE_DICT", **config.fsdp_options} if config.fsdp else None,
+        use_cpu=on_cpu(),
+        ddp_find_unused_parameters=False,
         seed=run.seed,
         data_seed=run.seed,
         save_strategy="steps",
@@ -87,9 +92,14 @@ def training_arguments(config: TrainingConfig, run: Run, *, processes: int) -> T
         remove_unused_columns=False,
         disable_tqdm=True,
         average_tokens_across_devices=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=not on_cpu(),
         **_checkpointing(config.gradient_checkpointing),
     )
+
+
+def on_cpu() -> bool:
+    """Whether this machine has no accelerator; then several processes speak over gloo."""
+    return not torch.accelerator.is_available()
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

@@ -96,12 +96,13 @@ def run(config: DistillConfig, out: Path, *, listen: Listener | None = None, res
     Interrupted after a signal, with everything saved.
     """
     from kullback.jobs._distillation import Distillation
+    from kullback.jobs._models import without_bars
 
-    listen = listen or (lambda event: None)
-    work = Distillation(config, out, listen=listen, resume=resume)
-    for part in work.parts:
-        work.train(part)
-    return work.finish()
+    with without_bars():
+        work = Distillation(config, out, listen=listen or (lambda event: None), resume=resume)
+        for part in work.parts:
+            work.train(part)
+        return work.finish()
 
 
 def resume(out: Path, *, listen: Listener | None = None) -> Run:
@@ -111,9 +112,11 @@ def resume(out: Path, *, listen: Listener | None = None) -> Run:
 
 def plan(config: DistillConfig) -> dict[str, Any]:
     """What `run` would do, without training: tokens, bytes of memory and minutes, from two timed steps."""
+    from kullback.jobs._models import without_bars
     from kullback.jobs._plan import estimate
 
-    return estimate(config)
+    with without_bars():
+        return estimate(config)
 
 
 def objective_of(config: ObjectiveConfig) -> Objective:
