@@ -221,7 +221,7 @@ def fill_digits(out, columns, bases, counts, tables, first):
     """out [R, n, d] from columns [R or 1, d, m, t], bases [d], digits kept [d] and tables [R, sum t b]."""
     dimensions = out.shape[2]
     for r in range(out.shape[0]):
-        place = 0
+        place = np.int64(0)
         for j in range(0, dimensions, GROUP):
             stop = min(j + GROUP, dimensions)
             own = columns[r if columns.shape[0] > 1 else 0, j:stop]
