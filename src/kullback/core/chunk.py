@@ -1,7 +1,8 @@
 """Losses over a vocabulary from hidden states, a few rows at a time, so that the logits of all rows are never held.
 
-The loss is linear in its rows, so the gradient of each chunk's logits is known as soon as they are: both are formed
-inside the forward pass, and the backward pass only scales them. Four matrix products in all, as for whole logits.
+The loss is a sum over rows, so the gradient by a chunk's logits is known as soon as they are, and takes their place in
+memory: all of it is formed inside the forward pass, and the backward pass only scales it. Four matrix products in all,
+as for whole logits.
 
 Shapes: N rows, H hidden size (each head its own), V vocabulary.
 """
@@ -23,10 +24,10 @@ __all__ = ["LinearHead", "RowLoss", "linear_chunked", "linear_chunked_values", "
 # (rows, *logits of each head [n, V]) -> loss of each row [n]; rows says which of the N rows these are
 RowLoss = Callable[..., Tensor]
 
-# Logits of one head held at once. On a processor more would leave its caches; an accelerator wants large products.
+# Logits of one head held at once, a chunk: enough rows for products at full speed, and no more.
 _ENTRIES_CPU, _ENTRIES_ACCELERATOR = 1 << 23, 1 << 26
-_BLOCK = 1 << 17
 _FEWEST_ROWS = 128  # with fewer, reading the weights would take longer than the product
+_BLOCK = 1 << 17  # logits of which a thread takes the loss at once, so that all it holds on the way stays in the caches
 
 
 class LinearHead(NamedTuple):
@@ -129,12 +130,15 @@ class _RowsChunked(torch.autograd.Function):
         heads = [_of_one_type(LinearHead(*tensors[i : i + 3])) for i in range(0, len(tensors), 3)]
         wants = [needs[i : i + 3] for i in range(0, len(needs), 3)]
         with torch.autocast(scale.device.type, enabled=False):
-            total, gradients = _accumulate(loss, scale, step, heads, wants)
+            # Scaled in backward only, halves do not underflow where rows are many, and a loss scaler still helps them.
+            unit = scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny) if len(scale) else scale.new_ones(())
+            total, gradients = _accumulate(loss, scale / unit, step, heads, wants)
+        ctx.unit = unit
         ctx.gradients = [
             None if gradient is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, tensors, strict=True)
         ]
-        return total
+        return total * unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -143,8 +147,8 @@ class _RowsChunked(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("a chunked loss gives its gradient once: compute the loss again for another backward")
         # In place, since a head's gradient can be as large as the model; so it can be given out once only.
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, None, *(None if g is None else g.mul_(grad) for g in gradients)
+        (gradients, ctx.gradients), factor = (ctx.gradients, None), grad * ctx.unit
+        return None, None, None, None, *(None if g is None else g.mul_(factor) for g in gradients)
 
 
 def _accumulate(
@@ -265,7 +269,7 @@ def _chunk(chunk: int | None, heads: Sequence[LinearHead]) -> int:
 
 
 def _block(heads: Sequence[LinearHead]) -> int:
-    """Rows of which the loss is taken at once: on a processor few, so that all it holds stays in the caches."""
+    """Rows of which the loss is taken at once: on an accelerator all of the chunk."""
     vocabulary, device = heads[0].weight.shape[0], heads[0].weight.device.type
     if device != "cpu":
         return _ENTRIES_ACCELERATOR
