@@ -33,7 +33,7 @@ def test_optimum_is_where_the_likelihood_is_largest(monkeypatch, tmp_path):
 
 @pytest.mark.reproduce
 def test_one_seed_and_its_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "DATA_SETS", 400)
+    monkeypatch.setattr(study, "DATA_SETS", 600)
     monkeypatch.setattr(study, "CASES", ((20, 2981),))
     monkeypatch.setattr(study, "REPLICATES", 500)
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=2))

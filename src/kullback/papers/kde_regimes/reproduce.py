@@ -2,7 +2,8 @@
 
 Fluctuations: the estimate at a typical point over 1000 Gaussian data sets, tested for normality on both sides of h_CLT.
 Condensation: the participation ratio of the nearest points, drawn by their order statistics for e^(alpha d) points,
-held against theory. Optimum: the bandwidth of the largest held-out likelihood. Digits: theory beside what data alone says.
+held against theory. Optimum: the bandwidth of the largest held-out likelihood. Digits: theory beside what data alone
+says.
 """
 
 from __future__ import annotations
@@ -156,22 +157,28 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         phases.plot(alpha, glass, color="C3", label="$h_G$")
         phases.plot(alpha, best, "k--", label="$h_{KL}$")
         found = [row for row in rows if row["study"] == "optimum"]
-        phases.plot([row["alpha"] for row in found], [row["h"] for row in found], "k*", label="best found")
-        for x, y, name in ((0.62, 1.5, "gaussian"), (0.30, 1.04, "heavy-tailed"), (0.14, 0.3, "condensed")):
-            phases.text(x, y, name, fontsize=9)
+        phases.plot([row["alpha"] for row in found], [row["h"] for row in found], "k*", label="best, d = 30, 20")
+        own_glass = [row["h_glass"] for row in found]
+        phases.plot([row["alpha"] for row in found], own_glass, "v", color="C3", label="$h_G$ there")
+        for x, y, name in ((0.65, 1.0, "gaussian"), (0.19, 0.98, "heavy-tailed"), (0.14, 0.3, "condensed")):
+            phases.text(x, y, name, rotation=-38.0 * (name == "heavy-tailed"))
         phases.set(xlabel=r"$\alpha = \log n / d$", ylabel="bandwidth h", ylim=(0, top), xlim=(0.05, 1.0))
         phases.set_title("regimes of Gaussian data")
         phases.legend(frameon=False, loc="upper right")
         d, n = CASES[0]
         chosen = ((0.8, "C3"), (1.2, "C1"), (2.2, "C0"))
         h = [multiple * float(theory(d).h_glass(n, finite=True)) for multiple, _ in chosen]
-        values = log_ratios(d, n, h, generator(0, "fluctuations", d), 2000) / math.log(10)
-        for (multiple, colour), logs in zip(chosen, values.numpy(), strict=True):
-            name = f"{multiple} $h_G$"
-            laws.hist(logs, bins=80, range=(-3.0, 2.0), density=True, color=colour, alpha=0.6, label=name)
-        laws.set(xlabel="log10 of the estimate over its mean", yscale="log", ylim=(5e-3, 30))
-        laws.set_title(f"over 2000 data sets, d = {d}")
-        laws.legend(frameon=False, title="h")
+        values = log_ratios(d, n, h, generator(0, "fluctuations", d), 2000).exp()
+        for (multiple, colour), own in zip(chosen, values, strict=True):
+            low, median, high = torch.quantile(own, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+            normed = (1.349 * (own - median) / (high - low)).numpy()
+            options: dict[str, Any] = {"bins": 64, "range": (-4, 12), "density": True, "histtype": "step"}
+            laws.hist(normed, color=colour, label=f"{multiple} $h_G$", **options)
+        z = torch.linspace(-4, 4, 161)
+        laws.plot(z, (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi), "k:", label="normal")
+        laws.set(xlabel="estimate, from its median, in quartile deviations", yscale="log", ylim=(1e-3, 1.0))
+        laws.set_title(f"law over 2000 data sets, d = {d}")
+        laws.legend(frameon=False)
         line = torch.linspace(0, 1, 101)
         shares.plot(line, 1 - line.square(), "k-", linewidth=1.0, label=r"theory $1 - (h/h_G)^2$")
         for index, (d, _) in enumerate(CONDENSATION):
