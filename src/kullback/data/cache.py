@@ -30,12 +30,12 @@ def cached(kind: str, config: Any, build: Callable[[Path], None]) -> Path:
     build leaves none. Raises ConfigError for a configuration that JSON cannot hold, CheckpointError when the cache
     cannot be written.
 
-    >>> import os, tempfile
-    >>> os.environ["KULLBACK_CACHE"] = tempfile.mkdtemp()
-    >>> for _ in range(2):
-    ...     place = cached("squares", {"of": 3}, lambda folder: print((folder / "nine").write_text("9")))
+    >>> import tempfile, unittest.mock
+    >>> with tempfile.TemporaryDirectory() as cache, unittest.mock.patch.dict("os.environ", KULLBACK_CACHE=cache):
+    ...     for _ in range(2):
+    ...         place = cached("squares", {"of": 3}, lambda folder: print((folder / "nine").write_text("9")))
+    ...     (place / "nine").read_text()
     1
-    >>> (place / "nine").read_text()
     '9'
     """
     content = _canonical(config)
