@@ -16,7 +16,10 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
-__all__ = ["Floats", "RewardScale", "Saved", "best", "check_arms", "draw", "restricted", "tie_law", "uniform", "vector"]
+__all__ = [
+    "Floats", "RewardScale", "Saved", "best", "check_arms", "draw", "floats", "restricted", "tie_law", "uniform",
+    "vector",
+]  # fmt: skip
 
 Floats = NDArray[np.float64]
 Arms = Sequence[int]
@@ -91,9 +94,14 @@ def check_arms(arms: int) -> int:
     return int(arms)
 
 
+def floats(values: Any) -> Floats:
+    """A float64 copy of numbers, sequences, arrays or tensors."""
+    return np.array(values.detach().cpu().numpy() if isinstance(values, Tensor) else values, dtype=np.float64)
+
+
 def vector(name: str, values: Any, length: int | None = None) -> Floats:
     """A one-dimensional float64 copy without NaN; ShapeError or DataError says what `name` should have been."""
-    array = np.array(values, dtype=np.float64)
+    array = floats(values)
     if array.ndim != 1 or len(array) == 0 or (length is not None and len(array) != length):
         wanted = "a vector that is not empty" if length is None else f"a vector of {length}"
         raise ShapeError(f"{name} is {wanted}, and has shape {array.shape}")

@@ -19,7 +19,17 @@ import torch
 from scipy import special
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
-from kullback.stream.bandits._policy import Floats, RewardScale, Saved, best, check_arms, restricted, tie_law, vector
+from kullback.stream.bandits._policy import (
+    Floats,
+    RewardScale,
+    Saved,
+    best,
+    check_arms,
+    floats,
+    restricted,
+    tie_law,
+    vector,
+)
 from kullback.stream.bandits._policy import draw as draw_arm
 from kullback.stream.bandits.stochastic import ArmStatistics, IndexPolicy
 
@@ -136,7 +146,7 @@ class ThompsonFinite(Saved):
     def __init__(
         self, models: Any, *, prior: Any = None, likelihood: Callable[[int, float], Floats] | None = None
     ) -> None:
-        self.models = np.array(models, dtype=np.float64)
+        self.models = floats(models)
         if self.models.ndim != 2 or self.models.size == 0:
             raise ShapeError(f"models are a table [M, K] of means, and have shape {self.models.shape}")
         if not np.isfinite(self.models).all():

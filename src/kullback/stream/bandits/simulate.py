@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import Policy
-from kullback.stream.bandits._policy import Floats, uniform
+from kullback.stream.bandits._policy import Floats, floats, uniform
 from kullback.stream.bandits.adversarial import exp3_rate
 from kullback.stream.bandits.experts import hedge_rate
 from kullback.stream.bandits.stochastic import explore_first_pulls, kl_ucb_budget
@@ -134,13 +134,13 @@ def simulate(
 def _arrays(environment: Any, horizon: int, runs: int) -> tuple[Floats, float, Floats]:
     """Means [1 or runs, K], the deviation (-1 for coins), and the table of rewards [T or 0, K]."""
     if isinstance(environment, RewardTable):
-        table = np.ascontiguousarray(environment.rewards, dtype=np.float64)
+        table = floats(environment.rewards)
         if table.ndim != 2 or table.shape[1] == 0 or len(table) < horizon:
             raise ShapeError(f"rewards are a table [{horizon} rounds or more, K], and have shape {table.shape}")
         if not (table.min() >= 0.0 and table.max() <= 1.0):
             raise DataError("the rewards of a table lie in [0, 1]")
         return np.zeros((1, table.shape[1])), 0.0, table
-    means = np.atleast_2d(np.ascontiguousarray(environment.means, dtype=np.float64))
+    means = np.atleast_2d(floats(environment.means))
     if means.ndim != 2 or means.size == 0 or len(means) not in (1, runs):
         raise ShapeError(f"means have shape [K] or [{runs} runs, K], and came as {means.shape}")
     coins = isinstance(environment, Bernoulli)
@@ -305,7 +305,7 @@ def _named(name: str, arms: int, horizon: int, given: Mapping[str, Any]) -> tupl
     numbers, schedule = plan.build(options, arms, horizon)
     padded = np.zeros(8)
     padded[: len(numbers)] = numbers
-    return KINDS.index(plan.kind), padded, np.asarray(schedule, dtype=np.float64), options.get("ties") == "first"
+    return KINDS.index(plan.kind), padded, floats(schedule), options.get("ties") == "first"
 
 
 def exact_regret(policy: Any, means: Sequence[float], horizon: int) -> float:
