@@ -431,10 +431,8 @@ def test_rows_chunked_with_one_head_and_a_head_that_is_not_looked_at(generator):
     unseen = LinearHead(inputs["hidden_p"], inputs["weight_p"])
     alone = rows_chunked(lambda rows, z: cross_entropy(z, labels[rows], reduction="none"), [student], torch.ones(7) / 7)
     torch.testing.assert_close(alone, cross_entropy(linear(*student), labels).to(alone.dtype))
-    both = rows_chunked(
-        lambda rows, _, z: cross_entropy(z, labels[rows], reduction="none"),
-        [unseen, student], torch.ones(7, dtype=torch.float64) / 7, chunk=2,
-    )  # fmt: skip
+    second = lambda rows, _, z: cross_entropy(z, labels[rows], reduction="none")  # noqa: E731
+    both = rows_chunked(second, [unseen, student], torch.ones(7, dtype=torch.float64) / 7, chunk=2)
     both.backward()
     torch.testing.assert_close(both.detach(), cross_entropy(linear(*student), labels).detach())
     assert inputs["hidden_p"].grad is None or not inputs["hidden_p"].grad.any()
