@@ -99,8 +99,9 @@ def draw_exact(log_weights, means, points, seeds, out):
 
 
 @njit(cache=True)
-def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, tries):
-    """Indices by at most `max_tries` rejections each, by inversion for those then left; tries [R] counts proposals."""
+def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, tries, accepts):
+    """Indices by at most `max_tries` rejections each, by inversion for those then left; tries and accepts
+    [R] count proposals."""
     chains, rows, draws = out.shape
     size = log_weights.shape[1]
     guide, buffer = np.empty(size, np.int64), np.empty(size)
@@ -125,6 +126,7 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
                         continue
                     if coin < 1.0 - half or coin < np.exp(-half):
                         out[chain, row, draw] = index
+                        accepts[chain] += 1
                         accepted = True
                         break
                 if not accepted:

@@ -99,9 +99,7 @@ def backward_sample(
     elif max_tries is None:
         max_tries = 8 + (math.isqrt(size) if loops is None else size // 4)
     if max_tries < 1:
-        raise ConfigError(
-            f"max_tries is {max_tries}: hybrid draws try at least once, and exact ones are another method"
-        )
+        raise ConfigError(f"max_tries is {max_tries}: a hybrid draw tries at least once; for none at all take exact")
     if loops is not None:
         return _compiled(loops, model, log_weights, x, x_next, time, seeds, num_draws, max_tries)
     return _rejection(model, log_weights, x, x_next, time, seeds, num_draws, max_tries)
@@ -144,15 +142,15 @@ def _compiled(loops, model, log_weights, x, x_next, time, seeds, num_draws, max_
     weights = _double(log_weights)
     chains, rows = points.shape[:2]
     out = torch.empty(chains, rows, num_draws, dtype=torch.int64)
-    tries = torch.zeros(chains, dtype=torch.int64)
+    tries, accepts = torch.zeros(2, chains, dtype=torch.int64)
     if max_tries == 0:
         done = loops.draw_exact(weights.numpy(), means.numpy(), points.numpy(), seeds.numpy(), out.numpy())
         rate = torch.ones(chains, dtype=torch.float64)
     else:
         cumulative = _cumulative(weights)
         arrays = (array.numpy() for array in (cumulative, weights, means, points, seeds))
-        done = loops.draw_hybrid(*arrays, max_tries, out.numpy(), tries.numpy())
-        rate = rows * num_draws / tries.to(torch.float64)
+        done = loops.draw_hybrid(*arrays, max_tries, out.numpy(), tries.numpy(), accepts.numpy())
+        rate = accepts / tries.to(torch.float64)
     if not done:
         raise _lost(time)
     return BackwardDraws(out, rate)
@@ -241,7 +239,7 @@ def _rejection(model, log_weights, x, x_next, time, seeds, num_draws, max_tries)
         proposed = invert(cumulative, counted_uniform(seeds[:, None], counters))
         accepted = counted_uniform(seeds[:, None], counters + 1).log() < log_ratio(proposed, slots // num_draws)
         indices = indices.scatter(1, slots, torch.where(accepted & open_, proposed, indices.gather(1, slots)))
-    rate = rows * num_draws / tries.to(torch.float64)
+    rate = (indices >= 0).sum(1) / tries.to(torch.float64)
     # As in the compiled loops: a point whose weights have once been summed goes on with them for its other draws.
     left = (indices < 0).reshape(chains, rows, num_draws).cummax(-1).values.flatten(1)
     most = int(left.sum(1).max())

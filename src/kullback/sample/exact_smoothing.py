@@ -8,6 +8,7 @@ Source: Kalman 1960; Rauch, Tung and Striebel 1965; Baum et al. 1970; de Jong 19
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -112,9 +113,8 @@ def _update(model: LinearGaussianModel, mean: Tensor, covariance: Tensor, y: Ten
     root = torch.linalg.cholesky(spread)
     gain = torch.cholesky_solve(seen, root).mT
     white = torch.linalg.solve_triangular(root, residual.unsqueeze(-1), upper=False).squeeze(-1)
-    log_density = -0.5 * (white.square().sum(-1) + y.shape[-1] * torch.log(torch.tensor(2 * torch.pi))) - root.diagonal(
-        dim1=-2, dim2=-1
-    ).log().sum(-1)
+    square = white.square().sum(-1) + y.shape[-1] * math.log(2.0 * math.pi)
+    log_density = -0.5 * square - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     # Joseph's form keeps the covariance positive definite.
     rest = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) - gain @ model.observation
     updated = rest @ covariance @ rest.mT + gain @ model.observation_covariance @ gain.mT

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import Kernel
 from kullback.sample.backward import BackwardMethod, backward_sample, select
 from kullback.sample.draws import Generators, draw_index, uniform
@@ -303,7 +303,7 @@ def initial_path(
     if len(path) not in (1, wanted) or len(rows[0]) not in (1, wanted):
         raise ShapeError(f"{len(path)} paths and {len(rows[0])} observed sequences do not make {wanted} chains")
     if not bool(path.isfinite().all()):
-        raise ShapeError("a path to hold must be finite everywhere, and this one is not")
+        raise DataError("a path to hold is finite everywhere, and this one has an entry that is not: check it")
     return path.expand(wanted, -1, -1)
 
 

@@ -45,7 +45,7 @@ class Learned(NamedTuple):
 
 
 def score_statistic(model_of: ModelOf, parameters: Parameters, *, per_chain: bool = False) -> AdditiveStatistic:
-    """The additive statistic whose smoothed mean is the score of `parameters`: values [..., P], forward derivatives.
+    """The additive statistic whose smoothed mean is the score of `parameters`: values [..., P].
 
     model_of(parameters) builds the model by operations that torch differentiates. per_chain: the first dimension of
     each parameter is that of the chains, and P counts the others. Coordinates in the order of the mapping.
@@ -54,11 +54,9 @@ def score_statistic(model_of: ModelOf, parameters: Parameters, *, per_chain: boo
     directions = _directions(frozen, per_chain)
 
     def derivative(log_density: Callable[[StateSpaceModel], Tensor]) -> Tensor:
-        parts = []
-        for direction in directions:
-            result = torch.func.jvp(lambda values: log_density(model_of(values)), (frozen,), (direction,))
-            parts.append(result[1])
-        return torch.stack(parts, dim=-1)
+        with torch.enable_grad():
+            leaves = {name: value.clone().requires_grad_() for name, value in frozen.items()}
+            return _along(log_density(model_of(leaves)), list(leaves.values()), directions)
 
     def pair(x: Tensor, x_next: Tensor, observation: Tensor, time: int) -> Tensor:
         return derivative(
@@ -71,15 +69,32 @@ def score_statistic(model_of: ModelOf, parameters: Parameters, *, per_chain: boo
     return AdditiveStatistic(pair, initial)
 
 
-def _directions(parameters: Parameters, per_chain: bool) -> list[dict[str, Tensor]]:
+def _along(values: Tensor, leaves: list[Tensor], directions: list[list[Tensor]]) -> Tensor:
+    """Derivatives of every entry of `values` along each direction: [..., P].
+
+    A backward derivative is linear in the weights of the entries, and its derivative by them is the forward one.
+    """
+    if not values.requires_grad:  # a density in which no parameter occurs
+        return values.new_zeros(*values.shape, len(directions))
+    weights = torch.ones_like(values, requires_grad=True)
+    slopes = torch.autograd.grad(values, leaves, weights, create_graph=True, materialize_grads=True)
+    parts = []
+    for direction in directions:
+        total = torch.stack([(slope * part).sum() for slope, part in zip(slopes, direction)]).sum()
+        used = total.requires_grad  # not where this parameter does not occur
+        parts.append(torch.autograd.grad(total, weights, retain_graph=True)[0] if used else torch.zeros_like(values))
+    return torch.stack(parts, dim=-1)
+
+
+def _directions(parameters: Parameters, per_chain: bool) -> list[list[Tensor]]:
     """The coordinate directions of all parameters together, the same for every chain where they have their own."""
     directions = []
     for name, value in parameters.items():
         size = value[0].numel() if per_chain else value.numel()
         for index in range(size):
             direction = {other: torch.zeros_like(tensor) for other, tensor in parameters.items()}
-            direction[name].reshape(len(value) if per_chain else 1, size)[:, index] = 1.0
-            directions.append(direction)
+            direction[name].view(len(value) if per_chain else 1, size)[:, index] = 1.0
+            directions.append(list(direction.values()))
     return directions
 
 

@@ -170,7 +170,7 @@ class LinearGaussianModel:
         noise = torch.as_tensor(observation_scale, dtype=torch.float64)
         matrix, scale, noise = (value[..., None, None] for value in (*given, noise))
         stationary = scale**2 / (1 - matrix**2)
-        if not bool((stationary > 0).all()):
+        if not (bool((stationary > 0).all()) and bool(stationary.isfinite().all())):
             raise ConfigError("a stationary autoregression has a coefficient in (-1, 1) and a positive scale")
         one = torch.ones(1, 1, dtype=torch.float64, device=matrix.device)
         return cls(matrix, scale**2, one, noise**2, torch.zeros_like(stationary[..., 0]), stationary)
