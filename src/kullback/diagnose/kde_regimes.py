@@ -140,7 +140,7 @@ class KDERegimes(Parameters):
         theory = self.theory_
         centre, h_glass = float(mu.median()), h / math.sqrt(float(mu.median()))
         width = [float(end) for end in _median_interval(mu)]
-        some = slice(0, 64)  # replicates for 64 queries are plenty for a median
+        some = slice(0, 24)  # replicates take their time, and a median needs few
         spread = log_sum_quantiles(top[some], log_sum[some], log_squares[some], self.n_samples_, (0.1587, 0.8413))
         participation = (log_squares - 2.0 * log_sum).exp().clamp(max=1.0)
         name = regime_of(centre)

@@ -136,7 +136,8 @@ class _Best:
     """The k largest entries of every row over blocks of columns that come one after the other."""
 
     def __init__(self, rows: int, k: int, block: int, dtype: torch.dtype) -> None:
-        self.k, self.columns = k, 2 * k + block
+        self.k, self.limit = k, max(2 * k, 128)
+        self.columns = self.limit + block
         self.values = torch.full((rows, self.columns), -math.inf, dtype=dtype)
         self.index = torch.zeros(rows, self.columns, dtype=torch.long)
         self.count = torch.zeros(rows, dtype=torch.long)
@@ -159,7 +160,7 @@ class _Best:
         self.values[row, place] = members[which, member]
         self.index[row, place] = column[which] + member * width + start
         self.count += counts
-        if int(self.count.amax()) > 2 * self.k:
+        if int(self.count.amax()) > self.limit:
             self._prune()
         return maxima.amax(1)
 
