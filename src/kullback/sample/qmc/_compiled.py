@@ -17,14 +17,14 @@ ONE = np.uint64(1)
 MASK = np.int64((1 << 63) - 1)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _mix(word):
     word = (word ^ (word >> np.uint64(30))) * FIRST
     word = (word ^ (word >> np.uint64(27))) * SECOND
     return word ^ (word >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _xor_rows(out, low, tile, drop, scale):
     width = tile.shape[0]
     for start in range(0, out.shape[0], width):
@@ -32,7 +32,7 @@ def _xor_rows(out, low, tile, drop, scale):
             out[start + k] = ((low[start + k] ^ tile[k]) >> drop) * scale
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _add_rows(out, low, tile, drop, scale):
     width = tile.shape[0]
     for start in range(0, out.shape[0], width):
@@ -40,7 +40,7 @@ def _add_rows(out, low, tile, drop, scale):
             out[start + k] = (((low[start + k] + tile[k]) & MASK) >> drop) * scale
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _low_table(columns, depth, xor):
     """Combinations of the first `depth` columns [m, d] in natural order: [2^depth, d]."""
     dimensions = columns.shape[1]
@@ -54,7 +54,7 @@ def _low_table(columns, depth, xor):
     return table
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def fill_additive(out, columns, shift, first, gray, xor, drop, scale):
     """out [R, n, d]: point i combines, by XOR or addition modulo 2^63, the columns [R, m, d] of i's digits and shift.
 
@@ -103,7 +103,7 @@ def fill_additive(out, columns, shift, first, gray, xor, drop, scale):
             i += rows
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _scramble_segment(values, keys, width, digits):
     """Nested scrambling of values [c] by keys [c], both uint64, in place; one hash serves six levels of the tree."""
     count = values.shape[0]
@@ -139,7 +139,7 @@ def _scramble_segment(values, keys, width, digits):
     values[:] = result
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _scramble_nested(bits, keys, width, digits):
     replications, count, dimensions = bits.shape
     rows = max(1, 256 // dimensions)

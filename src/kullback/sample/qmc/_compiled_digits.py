@@ -18,7 +18,7 @@ GROUP = 128  # dimensions whose tables are held at once
 CHUNK = 512  # rows, so that a chunk of points stays in the cache
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _is_separable(columns, used, kept):
     """Whether index digit a decides digit a of the point and no other, as in Halton's sequence."""
     for a in range(used):
@@ -28,7 +28,7 @@ def _is_separable(columns, used, kept):
     return used <= kept
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _low_depth(base, bound):
     depth, size = 1, base
     while size * base <= bound:
@@ -37,7 +37,7 @@ def _low_depth(base, bound):
     return depth, size
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _low_digits(columns, base, depth, size, kept):
     """Digits [kept, size] of the low indices."""
     digits = np.zeros((kept, size), dtype=np.int64)
@@ -56,7 +56,7 @@ def _low_digits(columns, base, depth, size, kept):
     return digits
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _lay_out(low, mode, columns, table, base, kept, depth, size, used):
     """What the low part contributes, laid out for the mode."""
     if mode == SEPARABLE:
@@ -86,7 +86,7 @@ def _lay_out(low, mode, columns, table, base, kept, depth, size, used):
                 low[(k * base + v) * size + i] = table[k * base + place]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _advance(state, high, columns, base, kept, depth, used):
     """One more in the high part: its digits in state, what they add to the digits of the point in high."""
     a = depth
@@ -101,7 +101,7 @@ def _advance(state, high, columns, base, kept, depth, used):
         a += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _start(block, state, high, columns, base, kept, depth, used):
     high[:kept] = 0
     for a in range(depth, used):
@@ -112,7 +112,7 @@ def _start(block, state, high, columns, base, kept, depth, used):
             high[k] = (high[k] + digit * columns[a, k]) % base
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _write(target, accumulator, low, table, high, mode, base, kept, depth, size, used, inside, divisor):
     """target [rows]: the points from `inside` on of one block."""
     rows = target.shape[0]
@@ -151,7 +151,7 @@ def _write(target, accumulator, low, table, high, mode, base, kept, depth, size,
         target[i] = accumulator[i] / divisor
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _index_digits(last, base):
     count = 1
     while last >= base:
@@ -160,7 +160,7 @@ def _index_digits(last, base):
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _plan(columns, base, kept, used, count):
     """The mode of a dimension, the depth and size of its low part, and how many numbers it keeps."""
     if _is_separable(columns, used, kept):
@@ -173,7 +173,7 @@ def _plan(columns, base, kept, used, count):
     return DIRECT, depth, size, kept * size
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fill_group(out, columns, bases, counts, table, first):
     count, dimensions = out.shape
     plan = np.empty((dimensions, 7), dtype=np.int64)
@@ -216,12 +216,12 @@ def _fill_group(out, columns, bases, counts, table, first):
                 out[begin - first + i, j] = buffer[j, i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def fill_digits(out, columns, bases, counts, tables, first):
     """out [R, n, d] from columns [R or 1, d, m, t], bases [d], digits kept [d] and tables [R, sum t b]."""
     dimensions = out.shape[2]
     for r in range(out.shape[0]):
-        place = np.int64(0)
+        place = 0
         for j in range(0, dimensions, GROUP):
             stop = min(j + GROUP, dimensions)
             own = columns[r if columns.shape[0] > 1 else 0, j:stop]
@@ -230,7 +230,7 @@ def fill_digits(out, columns, bases, counts, tables, first):
                 place += bases[k] * counts[k]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _nested_digit(prefix, digit, level_key, base):
     node = _mix(np.uint64(prefix) * GOLDEN + level_key)
     own = np.int64(_mix(node + np.uint64(digit + 1) * GOLDEN))
@@ -242,7 +242,7 @@ def _nested_digit(prefix, digit, level_key, base):
     return rank
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fill_nested(out, columns, bases, counts, keys, alpha, first):
     """out [n, d] of one replication."""
     count, dimensions = out.shape
@@ -271,7 +271,7 @@ def _fill_nested(out, columns, bases, counts, keys, alpha, first):
             out[i, output] = value / np.float64(base) ** kept
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def fill_nested_digits(out, columns, bases, counts, keys, alpha, first):
     """out [R, n, d] from columns [1, alpha d, m, t] and keys [R, alpha d], under nested uniform scrambling."""
     for r in range(out.shape[0]):

@@ -10,7 +10,7 @@ __all__ = ["bit_reversal", "walsh_hadamard"]
 NEAR, FAR = 12, 16  # 2^12 numbers stay in the first-level cache, 2^16 in the second
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _first_levels(source, target, scale):
     """Transforms of eight neighbours each, scaled, from source to target."""
     for i in range(0, source.shape[0], 8):
@@ -26,7 +26,7 @@ def _first_levels(source, target, scale):
         target[i + 6], target[i + 7] = (a6 + a7) * scale, (a6 - a7) * scale
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _two_levels(x, step):
     # unsigned indices into one array: only so does the compiler see that short strides can be vectorised
     one = np.uint64(step)
@@ -38,7 +38,7 @@ def _two_levels(x, step):
             x[k], x[k + one], x[k + two], x[k + three] = a + c, b + d, a - c, b - d
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _one_level(x, step):
     one = np.uint64(step)
     for start in range(np.uint64(0), np.uint64(x.shape[0]), one + one):
@@ -47,7 +47,7 @@ def _one_level(x, step):
             x[k], x[k + one] = a + b, a - b
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _levels(x, first, last):
     """Levels first..last-1 of the butterflies of x, two at a time."""
     level = first
@@ -58,7 +58,7 @@ def _levels(x, first, last):
         _one_level(x, 1 << level)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def walsh_hadamard(source, target, levels):
     """target [B, n]: the orthonormal transform of each row of source."""
     scale = source.dtype.type(1.0 / np.sqrt(np.float64(1 << levels)))
@@ -79,7 +79,7 @@ def walsh_hadamard(source, target, levels):
         _levels(x, far, levels)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _reversed(value, width):
     result = 0
     for _ in range(width):
@@ -88,7 +88,7 @@ def _reversed(value, width):
     return result
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def bit_reversal(source, target, levels):
     """target [B, n]: the rows of source in bit-reversed order, by tiles that use lines of the cache whole."""
     half = min(5, levels // 2)

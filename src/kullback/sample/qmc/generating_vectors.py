@@ -119,7 +119,7 @@ def construct_vector(dimensions: int, *, lowest: int, highest: int, weights: Ten
     weights: product weights [d], 1/j^2 by default. Raises ConfigError for levels out of range.
 
     >>> construct_vector(3, lowest=5, highest=5)
-    tensor([ 1, 13,  7])
+    tensor([1, 7, 9])
     """
     if not 2 <= lowest <= highest <= 26:
         raise ConfigError(f"levels go from 2 to 26, the lowest first, not {lowest} to {highest}")

@@ -145,7 +145,9 @@ class FastGP:
     mean and variance at any points. noise: variance of the observations, also what keeps the solve stable.
     """
 
-    def __init__(self, kernel: ProductKernel, points: PointSet, *, noise: float = 1e-8, learn_noise: bool = False) -> None:
+    def __init__(
+        self, kernel: ProductKernel, points: PointSet, *, noise: float = 1e-8, learn_noise: bool = False
+    ) -> None:
         if not noise > 0.0:
             raise ConfigError(f"noise is a positive variance and is {noise}: a small one keeps solves stable")
         _check(kernel, points)
@@ -171,7 +173,7 @@ class FastGP:
         if not bool(torch.isfinite(y).all()):
             raise ConfigError("y has values that are not finite: leave such points out of the function's domain")
         y = y.detach().to(torch.float64)
-        parameters = [p for p in self.kernel.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in self.kernel.parameters() if p.requires_grad]
         parameters += [self.log_noise] if self.learn_noise else []
         if parameters and steps:
             optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")

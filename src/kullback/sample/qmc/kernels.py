@@ -100,9 +100,7 @@ def _product_minus_one(terms: Tensor) -> Tensor:
     return result
 
 
-def KernelSI(
-    dimensions: int, *, alpha: int | Sequence[int] = 2, scale: Any = 1.0, weights: Any = 1.0
-) -> ProductKernel:
+def KernelSI(dimensions: int, *, alpha: int | Sequence[int] = 2, scale: Any = 1.0, weights: Any = 1.0) -> ProductKernel:
     """The shift-invariant kernel of smoothness alpha, 1 to 5, for lattices: periodic functions.
 
     >>> KernelSI(1, alpha=1)(torch.zeros(1), torch.tensor([0.5])).item()  # 1 - pi^2 / 6

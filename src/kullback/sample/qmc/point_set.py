@@ -18,7 +18,7 @@ from kullback.sample.qmc.bits import mantissa
 
 __all__ = ["Kind", "PointSet", "Source", "check_count", "chosen", "power_of_two"]
 
-Kind = Literal["lattice", "net", "digits"]
+Kind = Literal["lattice", "net", "digits", "independent"]
 
 
 class Source(Protocol):

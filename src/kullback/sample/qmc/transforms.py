@@ -180,8 +180,8 @@ def bit_reversed(x: Array) -> Array:
 def fftbr(x: Array) -> Array:
     """Orthonormal Fourier transform of x [..., n] in bit-reversed order; ShapeError unless n is a power of 2.
 
-    >>> fftbr(torch.tensor([1.0, 0.0, 0.0, 0.0]))
-    tensor([0.5000+0.j, 0.5000+0.j, 0.5000+0.j, 0.5000+0.j])
+    >>> fftbr(torch.tensor([1.0, 2.0, 3.0, 4.0])).abs()
+    tensor([5.0000, 2.2361, 1.0000, 2.2361])
     """
     return _fourier_array(x) if isinstance(x, np.ndarray) else _Fourier.apply(_floating(x))
 

@@ -1,0 +1,151 @@
+"""Cubature from the decay of the Walsh or Fourier coefficients of the samples.
+
+With y~ the coefficients of n = 2^m samples, ordered so that their sizes fall level by level, the error is at most
+    5 2^-m sum_{k = 2^(m-lag-1)}^{2^(m-lag)-1} |y~_k|
+for functions whose coefficients decay, in sums over levels, without long gaps: a cone, which is checked where asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ConfigError
+from kullback.sample.qmc.cubature import Control, CubatureResult, Integrand, Tolerance, doubling, evaluate
+from kullback.sample.qmc.periodic import periodized
+from kullback.sample.qmc.point_set import PointSet
+from kullback.sample.qmc.transforms import fftbr, fwht, omega_fftbr, omega_fwht
+
+__all__ = ["integrate_by_coefficients"]
+
+
+def _default_fudge(level: int) -> float:
+    return 5.0 * 2.0**-level
+
+
+def _sorted_levels(order: Tensor, sizes: Tensor, lowest: int) -> Tensor:
+    """The ordering [P, n] after swaps, from the top level down to `lowest`, that put larger coefficients first.
+
+    Entry l of each half is exchanged with its partner in the other half where that is larger; the same exchange is
+    made in every block, since partners are aliased together.
+    """
+    count = order.shape[-1]
+    for level in range(count.bit_length() - 2, lowest - 1, -1):
+        blocks = order.unflatten(-1, (-1, 2, 1 << level))
+        first, second = blocks[:, 0, 0], blocks[:, 0, 1]
+        flip = sizes.gather(-1, second) > sizes.gather(-1, first)
+        flip[:, 0] = False
+        swap = flip[:, None, None]
+        order = torch.where(swap, blocks.flip(2), blocks).flatten(1)
+    return order
+
+
+def _coefficients(values: Tensor, lattice: bool) -> Tensor:
+    """Of samples [P, n]: the transform divided by root n, whose first entry is the mean."""
+    return (fftbr(values) if lattice else fwht(values)) / values.shape[-1] ** 0.5
+
+
+def _doubled(old: Tensor, values: Tensor, lattice: bool) -> Tensor:
+    """The coefficients of twice as many samples, from those of the first half and the values of the second."""
+    level = old.shape[-1].bit_length() - 1
+    turned = _coefficients(values, lattice) * (omega_fftbr(level) if lattice else omega_fwht(level))
+    return torch.cat([old + turned, old - turned], -1) / 2
+
+
+def _control_weights(order: Tensor, image: Tensor, control_image: Tensor, lowest: int) -> Tensor:
+    """The weights [P, c] of control variates that make the coefficients beyond 2^lowest smallest."""
+    tail = order[:, 1 << lowest :]
+    target = image.gather(-1, tail)
+    design = torch.stack([row[:, chosen].mT for row, chosen in zip([control_image] * len(tail), tail)])
+    if target.is_complex():
+        target, design = torch.view_as_real(target).flatten(1), torch.cat([design.real, design.imag], 1)
+        # as pairs above, as halves below: put the target in the order of the design
+        target = target.unflatten(-1, (-1, 2)).mT.flatten(1)
+    return torch.linalg.lstsq(design, target.unsqueeze(-1)).solution.squeeze(-1)
+
+
+def _cone_violated(order: Tensor, sizes: Tensor, fudge: Callable[[int], float], lag: int, first: int) -> bool:
+    """Whether sums over levels contradict the decay that the bound takes for granted."""
+    top = order.shape[-1].bit_length() - 1
+
+    def ratio(gap: int) -> float:
+        return fudge(gap) / ((1.0 + fudge(lag)) * 2.0**-lag) * 2.0**-gap
+
+    lows, highs = [], []
+    for level in range(first, top + 1):
+        total = sizes.gather(-1, order[:, 1 << (level - 1) : 1 << level]).sum(-1)
+        growth = ratio(top - level)
+        lows.append(total / (1.0 + growth))
+        highs.append(total / (1.0 - growth) if growth < 1.0 else torch.full_like(total, torch.inf))
+    return bool((torch.stack(lows) > torch.stack(highs)).any())
+
+
+def integrate_by_coefficients(
+    function: Integrand,
+    points: PointSet,
+    tolerance: Tolerance,
+    *,
+    n_min: int,
+    n_max: int,
+    fudge: Callable[[int], float] = _default_fudge,
+    lag: int = 4,
+    check_cone: bool = False,
+    periodize: str | None = None,
+    control: Control | None = None,
+    update_control: bool = False,
+) -> CubatureResult:
+    """The adaptive rule for a net or a lattice; see `integrate`.
+
+    fudge: of m, the factor of the bound; lag: how many levels lie between the coefficients that are summed and the
+    top; check_cone: flags a function outside the cone; periodize: for lattices, "baker" by default, a name of
+    PERIODIC. control: control variates, whose weights are found at first, or at each step with update_control.
+    """
+    lattice = points.kind == "lattice"
+    if periodize is not None and not lattice:
+        raise ConfigError("periodize is for lattices: nets do not ask for periodic functions")
+    if n_min < 1 << (lag + 2):
+        raise ConfigError(f"n_min is at least {1 << (lag + 2)} here, to have coefficients to sum, and is {n_min}")
+    change = (periodize or "baker") if lattice else "none"
+    integrand = periodized(function, change)
+    controls = None if control is None else periodized(control.function, change)
+    image, extra, order = torch.empty(0), torch.empty(0), torch.empty(0)
+    shape: torch.Size = torch.Size()
+    weights = torch.zeros(1)
+    history: list[dict[str, float]] = []
+    flags: set[str] = set()
+    raw = image
+    for start, stop in doubling(n_min, n_max):
+        block = points.points(start, stop)
+        values = evaluate(integrand, block)
+        shape, flat = values.shape[1:], values.reshape(len(values), -1).mT
+        level = stop.bit_length() - 1
+        lowest = level - lag - 1
+        raw = _coefficients(flat, lattice) if not start else _doubled(raw, flat, lattice)
+        fresh = torch.arange(stop).expand(len(flat), -1)
+        if control is not None and controls is not None:
+            added = evaluate(controls, block).reshape(len(block), -1).mT - control.means.to(torch.float64).unsqueeze(-1)
+            extra = _coefficients(added, lattice) if not start else _doubled(extra, added, lattice)
+            if not start or update_control:
+                plain = _sorted_levels(fresh, raw.abs(), 1)
+                weights = _control_weights(plain, raw, extra, lowest)
+            image = raw - (weights.to(extra.dtype).unsqueeze(-1) * extra).sum(-2)
+        else:
+            image = raw
+        sizes = image.abs()
+        if not start:
+            order = _sorted_levels(fresh, sizes, 1)
+        else:
+            order = _sorted_levels(torch.cat([order, stop // 2 + order], -1), sizes, lowest + 1)
+        half = fudge(level) * sizes.gather(-1, order[:, 1 << lowest : 1 << (lowest + 1)]).sum(-1)
+        mean = image[:, 0].real if lattice else image[:, 0]
+        if check_cone and _cone_violated(order, sizes, fudge, lag, min(6, level)):
+            flags.add("the coefficients do not decay as the bound supposes: the integrand lies outside the cone")
+        lo, hi = (mean - half).reshape(shape), (mean + half).reshape(shape)
+        history.append({"n": stop, "half_width": float(half.max())})
+        converged = bool(tolerance.met(lo, hi).all())
+        if converged:
+            break
+    value = tolerance.centre(lo, hi)
+    return CubatureResult(value, lo, hi, stop, 0.0, converged, tuple(sorted(flags)), tuple(history))
