@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kullback.core.errors import ConfigError, DataError
-from kullback.sample.backward import backward_mean, backward_sample, select
+from kullback.sample._moves import select
+from kullback.sample.backward import backward_mean, backward_sample
 from kullback.sample.draws import counted_uniform, draw_index
 from kullback.sample.state_space import BootstrapModel, LinearGaussianModel
 

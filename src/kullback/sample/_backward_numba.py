@@ -10,7 +10,7 @@ Shapes as in backward.py: cumulative and log-weights [R, N], means [R, N, d], po
 import numpy as np
 from numba import njit
 
-__all__ = ["draw_exact", "draw_hybrid"]
+__all__ = ["draw_exact", "draw_hybrid", "fill_guide", "search"]
 
 _STRIDE, _FIRST, _SECOND = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _ONE, _11, _27, _30, _31 = (np.uint64(c) for c in (1, 11, 27, 30, 31))
@@ -36,7 +36,7 @@ def _half_square(means, points, chain, source, row):
 
 
 @njit(cache=True)
-def _fill_guide(cumulative, guide):
+def fill_guide(cumulative, guide):
     """guide[k]: the first index whose cumulative weight exceeds k / N of the total, where a search may begin."""
     size = len(cumulative)
     index = 0
@@ -48,7 +48,7 @@ def _fill_guide(cumulative, guide):
 
 
 @njit(cache=True, inline="always")
-def _search(cumulative, guide, number):
+def search(cumulative, guide, number):
     size = len(cumulative)
     target = number * cumulative[size - 1]
     index = guide[min(int(number * size), size - 1)]
@@ -108,7 +108,7 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
     stride = 2 * max_tries + 1
     for chain in range(chains):
         weights, seed = cumulative[chain], seeds[chain]
-        _fill_guide(weights, guide)
+        fill_guide(weights, guide)
         for row in range(rows):
             filled = False
             for draw in range(draws):
@@ -116,7 +116,7 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
                 accepted = False
                 # A row whose weights have once been summed goes on with them.
                 for _ in range(0 if filled else max_tries):
-                    index = _search(weights, guide, _counted(seed, counter))
+                    index = search(weights, guide, _counted(seed, counter))
                     half = _half_square(means, points, chain, index, row)
                     coin = _counted(seed, counter + 1)
                     counter += 2

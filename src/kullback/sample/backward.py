@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError
+from kullback.sample._moves import select
 from kullback.sample.draws import Generators, chain_seeds, counted_uniform, invert
 from kullback.sample.state_space import StateSpaceModel
 
-__all__ = ["BackwardDraws", "BackwardMethod", "backward_mean", "backward_sample", "select"]
+__all__ = ["BackwardDraws", "BackwardMethod", "backward_mean", "backward_sample"]
 
 BackwardMethod: TypeAlias = Literal["auto", "exact", "hybrid", "rejection", "metropolis"]
 
@@ -42,15 +43,6 @@ class BackwardDraws(NamedTuple):
 
     indices: Tensor
     accept_rate: Tensor
-
-
-def select(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows of x [R, N, ...] by indices [R, ...] of each chain."""
-    flat = indices if indices.ndim == 2 else indices.flatten(1)
-    for width in x.shape[2:]:
-        flat = flat.unsqueeze(-1).expand(*flat.shape, width)
-    chosen = x.gather(1, flat)
-    return chosen if indices.ndim == 2 else chosen.view(*indices.shape, *x.shape[2:])
 
 
 def backward_sample(

@@ -22,10 +22,11 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.types import Kernel
-from kullback.sample.backward import BackwardMethod, backward_mean, backward_sample, check_method, select
-from kullback.sample.draws import Generators, invert, uniform
+from kullback.sample._moves import chosen, effective_size, normalised, resampled, select
+from kullback.sample.backward import BackwardMethod, backward_mean, backward_sample, check_method
+from kullback.sample.draws import Generators, uniform
 from kullback.sample.state_space import AdditiveStatistic, Proposal, StateSpaceModel, observed_log_density
 
 __all__ = ["ParisInfo", "ParisState", "paris"]
@@ -132,16 +133,16 @@ def paris(
 
     def init(observation: Tensor, *, generator: Generators, chains: int = 1) -> ParisState:
         row = observation_row(observation)
-        x, log_weights, log_increment = first_particles(smoother, row, chains, generator)
-        tau = initial_statistic(smoother, x, row)
-        return ParisState(0, x, log_weights, tau, log_increment)
+        first = first_particles(smoother, row, chains, generator)
+        tau = initial_statistic(smoother, first.x, row)
+        return ParisState(0, first.x, first.log_weights, tau, first.log_increment)
 
     def step(state: ParisState, observation: Tensor, *, generator: Generators) -> tuple[ParisState, ParisInfo]:
         row, time = observation_row(observation), state.time + 1
         moved = move(smoother, state.particles, state.log_weights, row, time, generator)
         tau, _, rate = carry(smoother, state.log_weights, state.particles, state.statistic, moved, row, time, generator)
         log_likelihood = state.log_likelihood + moved.log_increment
-        info = ParisInfo(effective_size(moved.log_weights), moved.log_increment, rate, moved.ancestors)
+        info = ParisInfo(moved.effective, moved.log_increment, rate, moved.ancestors)
         return ParisState(time, moved.x, moved.log_weights, tau, log_likelihood), info
 
     return Kernel(init, step)
@@ -162,48 +163,38 @@ def weighted_mean(log_weights: Tensor, values: Tensor) -> Tensor:
     return (log_weights.exp().unsqueeze(1) @ values).squeeze(1)
 
 
-def effective_size(log_weights: Tensor) -> Tensor:
-    return (2.0 * log_weights).exp().sum(-1).reciprocal()
-
-
 class Moved(NamedTuple):
-    """Particles one step on: x [R, N, d], normalised log_weights [R, N], ancestors [R, N], log_increment [R]."""
+    """Particles one step on, x [R, N, d], with normalised log_weights [R, N] and ancestors [R, N].
+
+    log_increment [R]: of the likelihood; effective [R]: the effective sample size.
+    """
 
     x: Tensor
     log_weights: Tensor
     ancestors: Tensor
     log_increment: Tensor
+    effective: Tensor
 
 
 def first_particles(
     smoother: Smoother, row: Tensor, chains: int, generator: Generators, frozen: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Particles at time 0, their log-weights, and log p(y_0) as estimated; frozen [R, d] takes the last place."""
-    model, proposal = smoother.model, smoother.proposal
+) -> Moved:
+    """Particles at time 0, their own ancestors; frozen [R, d] takes the last place."""
+    model, proposal, size = smoother.model, smoother.proposal, smoother.num_particles
     if chains < 1 or len(row) not in (1, chains):
         raise ShapeError(f"observations are for {len(row)} chains and {chains} are asked for: set chains to match")
-    shape = (chains, smoother.num_particles - (frozen is not None))
+    shape = (chains, size - (frozen is not None))
     if proposal is None:
         x = model.sample_init(shape, generator=generator)
     else:
         x = proposal.sample_init(shape, row, generator=generator)
     if frozen is not None:
         x = torch.cat([x, frozen.unsqueeze(1).to(x.dtype)], dim=1)
-    log_weights = observed_log_density(model, x, row, 0)
+    weights = observed_log_density(model, x, row, 0)
     if proposal is not None:
-        log_weights = log_weights + model.log_init(x) - proposal.log_init(x, row)
-    log_total = _total(log_weights, 0)
-    return x, log_weights - log_total.unsqueeze(-1), log_total - math.log(smoother.num_particles)
-
-
-def _total(log_weights: Tensor, time: int) -> Tensor:
-    log_total = log_weights.logsumexp(-1)
-    if not bool(log_total.isfinite().all()):
-        if bool(log_weights.isnan().any()):
-            raise DataError(f"a log-density at time {time} is not a number: check the model's parameters and the data")
-        what = "no particle explains the observation" if bool((log_total < 0).any()) else "a weight is infinite"
-        raise DataError(f"{what} at time {time}: take more particles or a proposal that looks at the observation")
-    return log_total
+        weights = weights + model.log_init(x) - proposal.log_init(x, row)
+    log_weights, log_total, effective = normalised(weights, 0, smoother.compiled)
+    return Moved(x, log_weights, torch.arange(size).expand(chains, -1), log_total - math.log(size), effective)
 
 
 def move(
@@ -218,41 +209,39 @@ def move(
 ) -> Moved:
     """Resample, move and weight. frozen [R, d] takes the last place, with frozen_ancestor [R] or that same place."""
     model, proposal = smoother.model, smoother.proposal
-    chains, size = log_weights.shape
-    ancestors, base = _resample(smoother, log_weights, size - (frozen is not None), generator)
-    parents = select(x, ancestors)
+    size = log_weights.shape[1]
+    ancestors, parents, base = _resample(smoother, log_weights, x, size - (frozen is not None), generator)
     if proposal is None:
         x_next = model.sample_trans(parents, time, generator=generator)
     else:
         x_next = proposal.sample_trans(parents, row, time, generator=generator)
     if frozen is not None:
-        if frozen_ancestor is None:
-            frozen_ancestor = torch.full((chains,), size - 1, device=x.device)
-        ancestors = torch.cat([ancestors, frozen_ancestor.unsqueeze(1)], dim=1)
+        last = ancestors.new_full((len(x), 1), size - 1) if frozen_ancestor is None else frozen_ancestor.unsqueeze(1)
+        ancestors = torch.cat([ancestors, last], dim=1)
         x_next = torch.cat([x_next, frozen.unsqueeze(1).to(x_next.dtype)], dim=1)
     weights = base + observed_log_density(model, x_next, row, time)
     if proposal is not None:
         parents = select(x, ancestors)
         weights = weights + model.log_trans(parents, x_next, time) - proposal.log_trans(parents, x_next, row, time)
-    log_total = _total(weights, time)
-    return Moved(x_next, weights - log_total.unsqueeze(-1), ancestors, log_total)
+    new_log_weights, log_total, effective = normalised(weights, time, smoother.compiled)
+    return Moved(x_next, new_log_weights, ancestors, log_total, effective)
 
 
 def _resample(
-    smoother: Smoother, log_weights: Tensor, count: int, generator: Generators
-) -> tuple[Tensor, Tensor | float]:
-    """Ancestors [R, count] and the log-weights, [R, N] or a number, with which the moved particles begin."""
+    smoother: Smoother, log_weights: Tensor, x: Tensor, count: int, generator: Generators
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Ancestors [R, count], their states, and the log-weights, [R, N] or a number, with which the moved ones begin."""
     chains, size = log_weights.shape
     numbers = uniform((chains, 1 if smoother.resampling == "systematic" else count), generator)
     if smoother.resampling != "multinomial":
         numbers = (torch.arange(count, device=numbers.device) + numbers) / count
-    ancestors = invert(log_weights.exp().cumsum(-1), numbers)
+    ancestors, parents = resampled(log_weights, numbers, x, smoother.compiled)
     even = -math.log(size)
     if smoother.threshold == 1.0:
-        return ancestors, even
-    chosen = (effective_size(log_weights) < smoother.threshold * size).unsqueeze(-1)
-    stay = torch.arange(count, device=ancestors.device)
-    return torch.where(chosen, ancestors, stay), torch.where(chosen, even, log_weights)
+        return ancestors, parents, even
+    renew = (effective_size(log_weights) < smoother.threshold * size).unsqueeze(-1)
+    ancestors = torch.where(renew, ancestors, torch.arange(count, device=ancestors.device))
+    return ancestors, select(x, ancestors), torch.where(renew, even, log_weights)
 
 
 def initial_statistic(smoother: Smoother, x: Tensor, row: Tensor) -> Tensor:
@@ -292,5 +281,5 @@ def carry(
         num_draws=smoother.num_backward, method=smoother.backward, ancestors=moved.ancestors,
         max_tries=smoother.max_tries, steps=smoother.steps, compiled=smoother.compiled, generator=generator,
     )  # fmt: skip
-    terms = select(tau, indices) + pair(select(x, indices), moved.x.unsqueeze(2))
-    return terms.mean(2), indices, rate
+    before, parents = chosen(tau, x, indices, smoother.compiled)
+    return (before + pair(parents, moved.x.unsqueeze(2))).mean(2), indices, rate

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import Kernel
-from kullback.sample.backward import BackwardMethod, backward_sample, select
+from kullback.sample._moves import select
+from kullback.sample.backward import BackwardMethod, backward_sample
 from kullback.sample.draws import Generators, draw_index, uniform
 from kullback.sample.exact_smoothing import sequence_rows
 from kullback.sample.paris import (
@@ -32,7 +33,6 @@ from kullback.sample.paris import (
     Smoother,
     as_statistic,
     carry,
-    effective_size,
     first_particles,
     initial_statistic,
     move,
@@ -100,9 +100,10 @@ def forward_pass(
     carried: whether the statistics are wanted; draw_ancestor: whether the held particle draws its parent anew.
     """
     held = [None] * len(rows) if frozen is None else list(frozen.unbind(1))
-    x, log_weights, _ = first_particles(smoother, rows[0], chains, generator, held[0])
+    moved = first_particles(smoother, rows[0], chains, generator, held[0])
+    x, log_weights, effective = moved.x, moved.log_weights, moved.effective
     tau = initial_statistic(smoother, x, rows[0]) if carried else x
-    effective, rate = effective_size(log_weights), torch.ones(chains, dtype=torch.float64, device=x.device)
+    rate = torch.ones(chains, dtype=torch.float64, device=x.device)
     history = History([x], [log_weights], [], [], tau, effective, rate)
     rates = []
     for time in range(1, len(rows)):
@@ -119,7 +120,7 @@ def forward_pass(
         history.particles.append(x)
         history.log_weights.append(log_weights)
         history.ancestors.append(moved.ancestors)
-        effective = torch.minimum(effective, effective_size(log_weights))
+        effective = torch.minimum(effective, moved.effective)
     rate = torch.stack(rates).mean(0) if rates else rate
     return history._replace(statistic=tau, effective=effective, accept_rate=rate)
 

@@ -200,6 +200,10 @@ class LinearGaussianModel:
         return _inverse_root(self._observation_root)
 
     @cached_property
+    def _observation_peak(self) -> Tensor:
+        return -_log_det(self._observation_root) - 0.5 * self.observation.shape[-2] * _LOG_TWO_PI
+
+    @cached_property
     def _whitened_observation(self) -> Tensor:
         return self._observation_whitening @ self.observation
 
@@ -221,7 +225,7 @@ class LinearGaussianModel:
 
     def log_obs(self, x: Tensor, observation: Tensor, time: int) -> Tensor:
         z = apply(self._observation_whitening, observation) - apply(self._whitened_observation, x)
-        return _log_normal(z) - _per_chain(_log_det(self._observation_root), z)
+        return _per_chain(self._observation_peak, z) - 0.5 * z.square().sum(-1)
 
     def log_trans_sup(self, time: int) -> Tensor:
         return -_log_det(self._transition_root) - 0.5 * self.transition.shape[-1] * _LOG_TWO_PI
