@@ -46,7 +46,8 @@ __all__ = [
 class ThompsonBeta(Saved):
     """Thompson sampling for rewards in [0, 1], with a Beta(prior) on each arm's mean.
 
-    A reward strictly between 0 and 1 counts as that much success and the rest failure.
+    A reward strictly between 0 and 1 counts as that much success and the rest failure. parameters [2, K]: of the
+    posteriors.
 
     >>> source, policy = torch.Generator().manual_seed(0), ThompsonBeta(2)
     >>> for _ in range(200):
@@ -64,8 +65,7 @@ class ThompsonBeta(Saved):
         if not (prior[0] > 0.0 and prior[1] > 0.0):
             raise ConfigError(f"the parameters of a Beta prior are positive, and are {prior}")
         self.arms, self.prior, self.scale = check_arms(arms), prior, RewardScale(reward_range)
-        self._tensor = torch.empty(2, self.arms, dtype=torch.float64)
-        self.parameters: Floats = self._tensor.numpy()
+        self.parameters = torch.empty(2, self.arms, dtype=torch.float64)
         self.reset()
 
     def reset(self) -> None:
@@ -74,22 +74,22 @@ class ThompsonBeta(Saved):
 
     def pull(self, context: Any = None, *, generator: torch.Generator, arms: Sequence[int] | None = None) -> int:
         """The best arm of one draw from the posterior, out of `arms` where given."""
-        gammas = torch._standard_gamma(self._tensor, generator=generator).numpy()
+        gammas = torch._standard_gamma(self.parameters, generator=generator).numpy()
         return int(restricted(gammas[0] / (gammas[0] + gammas[1]), arms, -1.0).argmax())
 
     def update(self, arm: int, reward: float, context: Any = None, *, probability: float | None = None) -> None:
         """Add the reward to the arm's successes, and what it lacks of 1 to its failures."""
         if not 0 <= arm < self.arms:
             raise DataError(f"an arm is a number in 0..{self.arms - 1}, and is {arm}")
-        value = self.scale(reward)
-        self.parameters[0, arm] += value
-        self.parameters[1, arm] += 1.0 - value
+        value, table = self.scale(reward), self.parameters.numpy()
+        table[0, arm] += value
+        table[1, arm] += 1.0 - value
 
     def probabilities(self, context: Any = None) -> Floats:
         """The probability that each arm is the best, by Gauss-Legendre quadrature in 400 nodes."""
         nodes, weights = special.roots_legendre(400)
         x = 0.5 * (nodes[:, None] + 1.0)
-        a, b = self.parameters
+        a, b = self.parameters.numpy()
         log_density = special.xlogy(a - 1.0, x) + special.xlog1py(b - 1.0, -x) - special.betaln(a, b)
         below = special.betainc(a, b, x)
         law = np.array([

@@ -292,10 +292,11 @@ class EpsilonGreedy(Saved):
         fresh = self.seen.first_unplayed(arms)
         if fresh is not None:
             return fresh
+        means = restricted(self.seen.means, arms, -math.inf)
         if uniform(generator) < self.epsilon():
             allowed = range(self.seen.arms) if arms is None else arms
             return int(allowed[int(uniform(generator) * len(allowed))])
-        return best(restricted(self.seen.means, arms, -math.inf), generator)
+        return best(means, generator)
 
     def update(self, arm: int, reward: float, context: Any = None, *, probability: float | None = None) -> None:
         """Count the reward of an arm."""
