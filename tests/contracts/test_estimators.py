@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kullback.core.errors import ConfigError, NotFitted
-from kullback.diagnose import HighDimKDE, KDERegimes
+from kullback.diagnose import HighDimKDE, KDERegimes, PNCriterion
+from kullback.diagnose.exponential_families import gaussian
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,20 @@ def diagnosis(estimator, data):
     return torch.tensor([found.mu, *found.mu_ci, found.h_kl, found.participation, found.stderr_log])
 
 
+NORMAL = gaussian(4)
+
+
+def criterion(estimator, data):
+    estimator.score(data)
+    return torch.tensor([*estimator.theta_, estimator.expansion_.a, estimator.expansion_.b, *estimator.result_])
+
+
 TABLE = {
     "HighDimKDE": Row(HighDimKDE, normal, lambda e, x: e.score_samples(x), ("bandwidth", 0.7)),
     "HighDimKDE, likelihood": Row(
         lambda: HighDimKDE("likelihood"), normal, lambda e, x: e.score_samples(x), ("precision", "single")
     ),
+    "PNCriterion": Row(lambda: PNCriterion(NORMAL, draws=2000), normal, criterion, ("delta", 0.2)),
     "KDERegimes": Row(KDERegimes, normal, diagnosis, ("k", 9)),
 }
 
