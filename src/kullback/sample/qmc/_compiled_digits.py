@@ -238,7 +238,7 @@ def _nested_digit(prefix, digit, level_key, base):
     word = node
     for _ in range(base):
         word = word + GOLDEN
-        rank += np.int64(_mix(word)) < own
+        rank += 1 if np.int64(_mix(word)) < own else 0
     return rank
 
 

@@ -181,7 +181,7 @@ def fftbr(x: Array) -> Array:
     """Orthonormal Fourier transform of x [..., n] in bit-reversed order; ShapeError unless n is a power of 2.
 
     >>> fftbr(torch.tensor([1.0, 2.0, 3.0, 4.0])).abs()
-    tensor([5.0000, 2.2361, 1.0000, 2.2361])
+    tensor([5.0000, 0.7071, 2.0000, 0.7071])
     """
     return _fourier_array(x) if isinstance(x, np.ndarray) else _Fourier.apply(_floating(x))
 
