@@ -20,7 +20,7 @@ MEANS = (0.1, 0.9, 0.5)
 
 @dataclass(frozen=True)
 class Row:
-    """How to make the policy; the context of a round; whether it has a law, takes sets of arms, learns in this world."""
+    """How to make the policy; the context of a round; whether it has a law, takes sets of arms, learns here."""
 
     make: Callable
     context: Callable = lambda moment: None

@@ -116,12 +116,10 @@ def test_other_worlds(world, generator):
 
 def test_compiled_knapsack_earns_what_the_policy_earns(generator):
     pytest.importorskip("numba")
-    from kullback.stream.bandits._compiled_worlds import run_knapsack
-
-    instance, level = pricing(1500), 0.5 * math.log(1500)
-    arrays = (instance.chances, instance.payments, instance.uses, instance.budget, 1500, level)
+    instance = pricing(1500)
     for blind in (False, True):
-        fast = [run_knapsack(blind, *arrays, np.uint64(seed * 7_919))[0] for seed in range(200)]
+        name = "ucb1" if blind else "primal_dual"
+        fast = knapsacks.simulate_knapsack(name, instance, runs=200, exploration=0.5, generator=generator)
         naive = []
         for _ in range(10):
             policy = bandits.PrimalDualBwK(11, 2, **budget(instance), exploration=0.5)
@@ -158,6 +156,8 @@ def test_bad_knapsacks_are_refused():
         bandits.bwk_lp([0.5], [[0.5]], budget=-1, horizon=2)
     with pytest.raises(ConfigError, match="budget"):
         bandits.PrimalDualBwK(2, 2, budget=20, horizon=10)
+    with pytest.raises(ConfigError, match="policy"):
+        knapsacks.simulate_knapsack("other", pricing(10), generator=torch.Generator())
     with pytest.raises(ConfigError, match="shrink"):
         bandits.UcbBwK(2, 2, budget=5, horizon=10, shrink=1.0)
     with pytest.raises(DataError, match="consumption"):

@@ -17,8 +17,8 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = [
-    "Floats", "RewardScale", "Saved", "best", "check_arms", "draw", "floats", "restricted", "tie_law", "uniform",
-    "vector",
+    "Floats", "RewardScale", "Saved", "best", "check_arms", "draw", "floats", "restricted", "stream_states", "tie_law",
+    "uniform", "vector",
 ]  # fmt: skip
 
 Floats = NDArray[np.float64]
@@ -125,6 +125,11 @@ def restricted(values: Floats, arms: Arms | None, empty: float) -> Floats:
 def uniform(generator: torch.Generator) -> float:
     """One number of [0, 1) from the generator."""
     return torch.empty((), dtype=torch.float64).uniform_(generator=generator).item()
+
+
+def stream_states(count: int, generator: torch.Generator) -> NDArray[np.uint64]:
+    """States [count] for the random streams of compiled loops, from the generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator).numpy().view(np.uint64)
 
 
 def best(index: Floats, generator: torch.Generator | None) -> int:

@@ -25,7 +25,7 @@ import torch
 from scipy.optimize import linprog
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
-from kullback.stream.bandits._policy import Floats, Saved, best, floats, uniform, vector
+from kullback.stream.bandits._policy import Floats, Saved, best, floats, stream_states, uniform, vector
 from kullback.stream.bandits._policy import draw as draw_arm
 from kullback.stream.bandits.adversarial import Exp3P
 from kullback.stream.bandits.experts import Hedge
@@ -41,6 +41,7 @@ __all__ = [
     "play_knapsack",
     "pricing",
     "procurement",
+    "simulate_knapsack",
 ]
 
 
@@ -341,3 +342,21 @@ def play_knapsack(policy: Any, instance: KnapsackInstance, *, generator: torch.G
         policy.update(arm, reward, use)
         earned, used, rounds = earned + reward, used + use, rounds + 1
     return Played(reward=earned, rounds=rounds, used=used)
+
+
+def simulate_knapsack(
+    policy: str, instance: KnapsackInstance, *, runs: int = 1, exploration: float = 2.0, generator: torch.Generator
+) -> Floats:
+    """What each of `runs` runs earns, compiled: policy "primal_dual", or "ucb1", which knows nothing of the budget.
+
+    `PrimalDualBwK` and `UCB1` under `play_knapsack` are the naive twins. Raises MissingExtra without numba.
+    """
+    if policy not in ("primal_dual", "ucb1"):
+        raise ConfigError(f'policy is "primal_dual" or "ucb1", not {policy!r}')
+    if not (runs >= 1 and exploration > 0.0):
+        raise ConfigError(f"runs are at least 1 and exploration is positive, and they are {runs} and {exploration}")
+    from kullback.stream.bandits._compiled_worlds import run_knapsack
+
+    level = exploration * math.log(max(instance.horizon, 2))
+    world = (instance.chances, instance.payments, instance.uses, instance.budget, instance.horizon, level)
+    return np.array([run_knapsack(policy == "ucb1", *world, z)[0] for z in stream_states(runs, generator)])

@@ -20,10 +20,10 @@ import torch
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.core.types import Policy
-from kullback.stream.bandits._policy import Floats, RewardScale, Saved, uniform
+from kullback.stream.bandits._policy import Floats, RewardScale, Saved, stream_states, uniform, vector
 from kullback.stream.bandits.stochastic import UCB1
 
-__all__ = ["UniformDiscretization", "Zooming", "grid", "largest_difference", "mesh_size"]
+__all__ = ["UniformDiscretization", "Zooming", "grid", "largest_difference", "mesh_size", "zooming_regret"]
 
 Metric = Callable[[Floats, Floats], Floats]
 
@@ -164,3 +164,32 @@ class Zooming(Saved):
         before, after = self.radii[arm], self.root_log / math.sqrt(self.counts[arm] + 1.0)
         self.radii[arm] = after
         self.cover -= self._covers(arm, before) & ~self._covers(arm, after)
+
+
+def zooming_regret(
+    means: Any,
+    horizon: int,
+    *,
+    lipschitz: float = 1.0,
+    exploration: float = 2.0,
+    steps: Any = None,
+    generator: torch.Generator,
+) -> tuple[Floats, int]:
+    """The pseudo-regret of one run of zooming on [0, 1], compiled, and how many arms were active in the end.
+
+    means [cells]: of coins at the centres of a fine grid; steps: rounds, rising up to the horizon, at which the regret
+    is noted, by default the horizon. `Zooming` is the naive twin. Raises MissingExtra without numba.
+    """
+    from kullback.stream.bandits._compiled_worlds import run_zooming
+
+    truth = vector("means", means)
+    if not (truth.min() >= 0.0 and truth.max() <= 1.0):
+        raise DataError("the means of coins lie in [0, 1]")
+    rounds = np.array([horizon] if steps is None else steps, dtype=np.int64)
+    if horizon < 1 or not (np.diff(rounds) > 0).all() or rounds[0] < 1 or rounds[-1] != horizon:
+        raise ConfigError(f"steps rise from at least 1 to the horizon, {horizon}, and are {rounds.tolist()}")
+    if not (lipschitz > 0.0 and exploration > 0.0):
+        raise ConfigError(f"lipschitz and exploration are positive, and are {lipschitz} and {exploration}")
+    curve, root_log = np.zeros(len(rounds)), math.sqrt(exploration * math.log(max(horizon, 2)))
+    active = run_zooming(truth, truth.max(), root_log, lipschitz, rounds, stream_states(1, generator)[0], curve)
+    return curve, int(active)

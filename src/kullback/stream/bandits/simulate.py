@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import Policy
-from kullback.stream.bandits._policy import Floats, floats, uniform
+from kullback.stream.bandits._policy import Floats, floats, stream_states, uniform
 from kullback.stream.bandits.adversarial import exp3_rate
 from kullback.stream.bandits.experts import hedge_rate
 from kullback.stream.bandits.stochastic import explore_first_pulls, kl_ucb_budget
@@ -105,7 +105,7 @@ def simulate(
         raise ConfigError(f"horizon, runs, points and workers are at least 1: {horizon}, {runs}, {points}, {workers}")
     truths, deviation, table = _arrays(environment, horizon, runs)
     steps = np.unique(np.linspace(horizon / min(points, horizon), horizon, min(points, horizon)).astype(np.int64))
-    seeds = torch.randint(-(2**63), 2**63 - 1, (runs,), generator=generator).numpy().view(np.uint64)
+    seeds = stream_states(runs, generator)
     curves, pulls = np.zeros((runs, len(steps))), np.zeros((runs, truths.shape[1]), dtype=np.int64)
     if callable(policy):
         if options:
