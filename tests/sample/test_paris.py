@@ -183,6 +183,21 @@ def test_a_model_of_volatility_runs_and_agrees_with_its_own_exact_mean(generator
     assert within_six(mean, draws.mean())
 
 
+@pytest.mark.parametrize("options", [{}, {"num_backward": None}, {"backward": "metropolis"}], ids=str)
+def test_single_precision_gives_the_same_estimates(options, generator):
+    y = simulate(SCALAR, 15, generator)
+    single = BootstrapModel(
+        initial_mean=torch.zeros(1),
+        initial_scale=torch.tensor([0.6 / 0.19**0.5]),
+        mean=lambda x, time: 0.9 * x,
+        scale=torch.tensor([0.6]),
+        log_observation=lambda x, y, time: -0.5 * (y - x).square().sum(-1),
+    )
+    states, _ = run(paris(single, product, num_particles=600, **options), y.float(), generator, chains=15)
+    assert states[-1].particles.dtype == torch.float32
+    assert within_six(states[-1].estimate, exact_product(SCALAR, y))
+
+
 def test_bad_options():
     for options, message in (
         ({"num_particles": 1}, "two or more particles"),

@@ -287,7 +287,7 @@ def backward_mean(
         logits = _log_backward(model, log_weights, x, points, time)
         if not bool(logits.amax(-1).isfinite().all()):
             raise _lost(time)
-        weights = logits.softmax(-1)
+        weights = logits.softmax(-1).to(values.dtype)
         terms = pair(x.unsqueeze(1), points.unsqueeze(2))
         parts.append(weights @ values + (weights.unsqueeze(-1) * terms).sum(2))
     return torch.cat(parts, dim=1)

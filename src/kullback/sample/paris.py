@@ -160,7 +160,7 @@ def observation_row(observation: Tensor) -> Tensor:
 
 
 def weighted_mean(log_weights: Tensor, values: Tensor) -> Tensor:
-    return (log_weights.exp().unsqueeze(1) @ values).squeeze(1)
+    return (log_weights.exp().unsqueeze(1).to(values.dtype) @ values).squeeze(1)
 
 
 class Moved(NamedTuple):
@@ -194,7 +194,7 @@ def first_particles(
     if proposal is not None:
         weights = weights + model.log_init(x) - proposal.log_init(x, row)
     log_weights, log_total, effective = normalised(weights, 0, smoother.compiled)
-    return Moved(x, log_weights, torch.arange(size).expand(chains, -1), log_total - math.log(size), effective)
+    return Moved(x, log_weights, torch.arange(size, device=x.device).expand(chains, -1), log_total - math.log(size), effective)
 
 
 def move(
