@@ -319,12 +319,12 @@ def test_everything_works_without_numba(without_numba, generator):
 
 
 def test_unrandomized_points_warn_of_the_origin():
+    plain = Sobol(2, randomize=None)
     with pytest.warns(UserWarning, match="origin"):
-        warnings.simplefilter("always")
-        Sobol(2, randomize=None).points(2)
+        plain.points(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Sobol(2, randomize=None).points(1, 3)
+        plain.points(1, 3)
 
 
 BAD = {

@@ -66,6 +66,7 @@ def _fourier_array(x: np.ndarray) -> np.ndarray:
 def _inverse_array(y: np.ndarray) -> np.ndarray:
     from scipy import fft
 
+    _levels(y)
     return _permute_array(fft.ifft(y, norm="ortho"))
 
 
