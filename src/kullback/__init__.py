@@ -11,7 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 _ROOMS = (
-    "align", "core", "data", "diagnose", "distill", "divergences", "jobs", "models", "optim", "papers", "sample", "stream",
+    "align", "core", "data", "diagnose", "distill", "divergences",
+    "jobs", "models", "optim", "papers", "sample", "stream",
 )  # fmt: skip
 __all__ = ["__version__", *_ROOMS]
 

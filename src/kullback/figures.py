@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_curves", "figure"]
+__all__ = ["figure"]
 
 
 @contextmanager
@@ -28,15 +28,3 @@ def figure(path: Path, *, columns: int = 1, size: tuple[float, float] = (5.0, 3.
         yield list(axes) if columns > 1 else axes
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, format="svg", metadata={"Date": None})
-
-
-def draw_curves(
-    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], *, horizontal: str, vertical: str
-) -> None:
-    """Named curves of (x, y) points in one panel, as SVG at `path`."""
-    with figure(path) as axes:
-        for name, points in curves.items():
-            axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.4)
-        axes.set(xlabel=horizontal, ylabel=vertical)
-        if len(curves) > 1:
-            axes.legend(frameon=False)

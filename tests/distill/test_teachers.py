@@ -10,9 +10,12 @@ import torch
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.core.rng import generator
+from kullback.core.types import TeacherOutput
 from kullback.distill._hf import LiveTeacher
+from kullback.distill.objective import Objective
 from kullback.distill.served import ServedTeacher
 from kullback.distill.teachers import CachedTeacher, is_teacher_cache, teacher_logits, write_teacher_cache
+from kullback.divergences import f_divergence
 from kullback.models.small import small_llama
 
 V, T, K = 60, 12, 5
@@ -53,6 +56,22 @@ def test_a_cache_returns_what_the_live_teacher_said(model, blocks, tmp_path):
     assert summary.bytes_per_token == stored / (7 * T)
     assert 0 < summary.tail_mass < 1
     assert 0 < summary.kl_bound < summary.kl_bound_1000
+
+
+def test_drawn_tokens_are_stored_and_cost_what_they_take(model, blocks, tmp_path):
+    plain = write(model, blocks, tmp_path / "plain")
+    summary = write(model, blocks, tmp_path / "drawn", drawn=3)
+    assert summary.drawn == 3
+    assert summary.bytes_per_token - plain.bytes_per_token == pytest.approx(3 * 4, abs=6)
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    said, expected = CachedTeacher(tmp_path / "drawn")(ids, torch.ones_like(ids)), log_probs(model, ids)
+    assert said.tail_ids.shape == (7, T, 3)
+    torch.testing.assert_close(said.tail_log_probs, expected.gather(-1, said.tail_ids), atol=4e-3, rtol=0)
+    objective = Objective(divergence=f_divergence("kl"))
+    student = torch.zeros(7, T, V)
+    whole = objective.loss(TeacherOutput(logits=expected), student, ids)
+    assert objective.loss(said, student, ids) == pytest.approx(whole.item(), rel=0.2)
+    assert abs(objective.loss(said._replace(tail_ids=None), student, ids) - whole) > 0.5 * whole
 
 
 def test_a_cache_is_asked_only_about_what_it_holds(model, blocks, tmp_path):

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kullback.core.errors import ShapeError
-from kullback.distill.top_k import coarsen, keep_top, top_k_divergence, truncation_bound
-from kullback.divergences import jsd, kl, reverse_kl, total_variation
+from kullback.distill.top_k import (
+    coarsen,
+    keep_top,
+    sample_tail,
+    sampled_divergence,
+    top_k_divergence,
+    truncation_bound,
+)
+from kullback.divergences import F_NAMES, f_divergence, jsd, kl, reverse_kl, total_variation
 
 
 def _pair(seed: int, vocabulary: int, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,3 +84,42 @@ def test_a_token_outside_the_student_s_vocabulary():
     top = keep_top(torch.randn(9, generator=torch.Generator().manual_seed(0)).sort().values.log_softmax(-1), 2)
     with pytest.raises(ShapeError, match="student has 5 tokens"):
         top_k_divergence(kl, *top, torch.zeros(5).log_softmax(-1))
+
+
+def _members():
+    options = {"alpha_divergence": {"alpha": 1.5}, "generalized_jsd": {"beta": 0.2}, "skew_kl": {"alpha": 0.1},
+               "skew_reverse_kl": {"alpha": 0.1}}  # fmt: skip
+    return {name: f_divergence(name, **options.get(name, {})) for name in F_NAMES}
+
+
+@pytest.mark.parametrize("name", F_NAMES)
+def test_drawn_tokens_give_the_whole_divergence_and_gradient_on_average(name):
+    divergence = _members()[name]
+    log_p, logits = _pair(6, 9)
+    logits = logits.clone().requires_grad_()
+    kept = keep_top(log_p, 4)
+    expected = divergence(log_p, logits.log_softmax(-1)).sum()
+    average = 0.0
+    for rank in range(4, 9):  # every token that could be drawn, by its chance of it
+        token = log_p.argsort(-1, descending=True)[:, rank : rank + 1]
+        chance = (log_p.gather(-1, token).squeeze(-1) - kept[2]).exp()
+        drawn = (token, log_p.gather(-1, token))
+        average = average + (chance * sampled_divergence(divergence, *kept, *drawn, logits.log_softmax(-1))).sum()
+    torch.testing.assert_close(average, expected)
+    found, wanted = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (average, expected))
+    torch.testing.assert_close(found, wanted)
+    coarse = top_k_divergence(divergence, *kept, logits.log_softmax(-1)).sum()
+    assert abs(coarse - expected) > 1e-3, "without them it would not: the check can tell"
+
+
+def test_tokens_are_drawn_from_the_tail_alone_and_in_proportion():
+    log_p, _ = _pair(7, 12)
+    ids, _, tail = keep_top(log_p, 5)
+    picked, log_probs = sample_tail(log_p, ids, 4000, torch.Generator().manual_seed(1))
+    assert not (picked.unsqueeze(-1) == ids.unsqueeze(-2)).any()
+    torch.testing.assert_close(log_probs, log_p.gather(-1, picked))
+    chance = (log_p - tail.unsqueeze(-1)).exp().scatter(-1, ids, 0.0)
+    share = torch.stack([torch.bincount(row, minlength=12) for row in picked]) / 4000
+    assert ((share - chance).abs() <= 6 * (chance * (1 - chance) / 4000).sqrt()).all()
+    again = sample_tail(log_p, ids, 4000, torch.Generator().manual_seed(1))[0]
+    assert torch.equal(picked, again)

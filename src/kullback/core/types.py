@@ -65,7 +65,8 @@ class TeacherOutput(NamedTuple):
 
     logits [B, T, V]; or hidden [B, T, H] with the head's weight [V, H] and bias [V], so that logits need never be held;
     or top_ids [B, T, K] with top_log_probs [B, T, K], the K most likely tokens, and tail_log_prob [B, T], the logarithm
-    of all the mass that they leave.
+    of all the mass that they leave, where wanted with tail_ids [B, T, M] and tail_log_probs [B, T, M], tokens drawn
+    from that rest, with replacement.
     """
 
     logits: Tensor | None = None
@@ -75,6 +76,8 @@ class TeacherOutput(NamedTuple):
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
     tail_log_prob: Tensor | None = None
+    tail_ids: Tensor | None = None
+    tail_log_probs: Tensor | None = None
 
 
 class Teacher(Protocol):

@@ -14,7 +14,8 @@ from torch import Tensor
 from kullback.core.chunk import LinearHead, RowLoss, rows_chunked
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.types import Divergence, TeacherOutput
-from kullback.distill.top_k import top_k_divergence
+from kullback.distill.top_k import sampled_divergence, top_k_divergence
+from kullback.divergences import FDivergence
 
 __all__ = ["Objective"]
 
@@ -25,7 +26,8 @@ BatchTerm = Callable[[Tensor, Tensor], Tensor]
 class Objective:
     """The loss of distillation, from hidden states or from logits, with any teacher.
 
-    divergence: compares next-token distributions at `temperature`; cross_entropy: its share in [0, 1], the divergence
+    divergence: compares next-token distributions at `temperature`, as an FDivergence also those of a teacher with a
+    sampled tail; cross_entropy: its share in [0, 1], the divergence
     has the rest; squared_temperature: multiply the divergence by T^2, which keeps its gradient's size (Hinton et al.
     2015); batch_term: an optional loss over the rows of a batch, (teacher logits [n, V], student logits [n, V]) -> mean
     over rows, weighted by batch_weight and taken on at most batch_rows rows. Raises ConfigError for values out of
@@ -123,7 +125,9 @@ class Objective:
         if target.top_log_probs is None or target.tail_log_prob is None:
             raise ConfigError("a truncated teacher gives top_ids, top_log_probs and tail_log_prob together")
         top = target.top_ids[rows], target.top_log_probs[rows], target.tail_log_prob[rows]
-        return top_k_divergence(self.divergence, *top, log_q)
+        if target.tail_ids is None or target.tail_log_probs is None or not isinstance(self.divergence, FDivergence):
+            return top_k_divergence(self.divergence, *top, log_q)
+        return sampled_divergence(self.divergence, *top, target.tail_ids[rows], target.tail_log_probs[rows], log_q)
 
     def _batch_rows(self, number: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """At most batch_rows of the rows, at random where there are more."""
@@ -143,7 +147,9 @@ def _predictions(field: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 
 
 def _target_rows(target: TeacherOutput, labels: Tensor, kept: Tensor) -> TeacherOutput:
-    by_position = ("logits", "hidden", "top_ids", "top_log_probs", "tail_log_prob")
+    by_position = (
+        "logits", "hidden", "top_ids", "top_log_probs", "tail_log_prob", "tail_ids", "tail_log_probs",
+    )  # fmt: skip
     found = {name: getattr(target, name) for name in by_position}
     return target._replace(
         **{name: _predictions(field, labels, kept) for name, field in found.items() if field is not None}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.core.files import atomic_directory
+from kullback.core.rng import generator as stream
 from kullback.core.types import Teacher, TeacherOutput
-from kullback.distill.top_k import keep_top, truncation_bound
+from kullback.distill.top_k import keep_top, sample_tail, truncation_bound
 
 __all__ = [
     "Blocks", "CacheSummary", "CachedTeacher",
@@ -40,13 +42,15 @@ class Blocks(Protocol):
 class CacheSummary:
     """What a teacher cache holds and costs.
 
-    bytes_per_token: stored bytes by position; tail_mass: mean probability that the kept tokens leave; kl_bound: mean
-    bound, in nats, on what truncation takes from KL(teacher || student) for a student uniform over the tail, and
-    kl_bound_1000 for one whose tail tokens fall to a thousandth of that.
+    kept, drawn: tokens at each position that are the most likely, and that are drawn from the rest; bytes_per_token:
+    stored bytes by position; tail_mass: mean probability that the kept tokens leave; kl_bound: mean bound, in nats, on
+    what truncation takes from KL(teacher || student) for a student uniform over the tail, and kl_bound_1000 for one
+    whose tail tokens fall to a thousandth of that. Drawn tokens give it back on average.
     """
 
     vocabulary: int
     kept: int
+    drawn: int
     length: int
     sequences: int
     temperature: float
@@ -69,9 +73,11 @@ def write_teacher_cache(
     *,
     kept: int,
     vocabulary: int,
+    drawn: int = 0,
     temperature: float = 1.0,
     batch: int = 8,
     shard: int = 1024,
+    seed: int = 0,
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CacheSummary:
@@ -79,30 +85,31 @@ def write_teacher_cache(
 
     teacher: ids [B, T] -> logits [B, T, V]; blocks: items with input_ids [T], all of one length; shard: sequences a
     file; tokenizer: kept with the cache, so that a student of another one is refused; progress: called with the
-    sequences done and all. The folder appears whole or not at all. Raises DataError when there is nothing to store or
+    sequences done and all; drawn: tokens drawn from the rest at each position, from the stream of `seed`. The folder
+    appears whole or not at all. Raises DataError when there is nothing to store or
     the teacher's logits are not finite.
     """
     if not len(blocks):
         raise DataError("there is no block of text to ask the teacher about: give more text, or shorter blocks")
     length = len(blocks[0]["input_ids"])
-    tails, bounds, keys, stored = [], [], [], 0
+    keys: list[str] = []
+    tally = _Tally()
+    draw = stream(seed, "tails of a teacher cache")
     with atomic_directory(folder) as place:
         for number, start in enumerate(range(0, len(blocks), shard)):
             rows: list[dict[str, Tensor]] = []
             for low in range(start, min(start + shard, len(blocks)), batch):
                 high = min(low + batch, start + shard, len(blocks))
                 ids = torch.stack([blocks[index]["input_ids"] for index in range(low, high)])
-                rows.append(_truncated(teacher(ids), kept, vocabulary, temperature))
+                rows.append(_truncated(teacher(ids), kept, vocabulary, temperature, drawn, draw))
                 keys += [sequence_key(row) for row in ids]
                 if progress is not None:
                     progress(high, len(blocks))
             tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            stored += _write_shard(place / f"shard-{number:05d}.safetensors", tensors)
-            top, tail = tensors["log_probs"].float(), tensors["tail"].float()
-            tails.append(tail.exp().flatten())
-            bounds.append(truncation_bound(top, tail, vocabulary).flatten())
-        summary = _summary(
-            torch.cat(tails), torch.cat(bounds), stored, kept, vocabulary, length, len(blocks), temperature
+            stored = _write_shard(place / f"shard-{number:05d}.safetensors", tensors)
+            tally.add(tensors, stored, vocabulary)
+        summary = tally.summary(
+            vocabulary=vocabulary, kept=kept, drawn=drawn, length=length, sequences=len(blocks), temperature=temperature
         )
         index = {"format": 1, "shard": shard, "summary": asdict(summary), "keys": keys}
         (place / _INDEX).write_text(json.dumps(index), encoding="utf-8")
@@ -134,12 +141,17 @@ class CachedTeacher:
         self._files: dict[int, Any] = {}
 
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:
-        """The stored distributions for ids [B, T]: top_ids and top_log_probs [B, T, K], tail_log_prob [B, T]."""
+        """The stored distributions for ids [B, T]: the K tokens kept, the mass of the rest, and the M drawn from it."""
         picked = [self._row(sequence) for sequence in ids.cpu()]
-        top, log_probs, tail = (torch.stack(column).to(ids.device) for column in zip(*picked, strict=True))
-        return TeacherOutput(top_ids=top.long(), top_log_probs=log_probs.float(), tail_log_prob=tail.float())
+        found = {name: torch.stack([row[name] for row in picked]).to(ids.device) for name in picked[0]}
+        out = TeacherOutput(
+            top_ids=found["ids"].long(), top_log_probs=found["log_probs"].float(), tail_log_prob=found["tail"].float()
+        )
+        if not self.summary.drawn:
+            return out
+        return out._replace(tail_ids=found["drawn_ids"].long(), tail_log_probs=found["drawn_log_probs"].float())
 
-    def _row(self, sequence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _row(self, sequence: Tensor) -> dict[str, Tensor]:
         row = self._rows.get(sequence_key(sequence))
         if row is None:
             raise DataError(
@@ -157,8 +169,8 @@ class CachedTeacher:
                     f"shard {shard} of the teacher cache {self.folder} is damaged: write it again"
                 ) from error
         file = self._files[shard]
-        ids, log_probs, tail = (file.get_slice(name)[offset] for name in ("ids", "log_probs", "tail"))
-        return ids.view(torch.uint16).int() if ids.dtype == torch.int16 else ids, log_probs, tail
+        found = {name: file.get_slice(name)[offset] for name in file.keys()}  # noqa: SIM118 - it has no iterator
+        return {name: x.view(torch.uint16).int() if x.dtype == torch.int16 else x for name, x in found.items()}
 
 
 def sequence_key(ids: Tensor) -> str:
@@ -183,14 +195,23 @@ def teacher_logits(teacher: Teacher) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _truncated(logits: Tensor, kept: int, vocabulary: int, temperature: float) -> dict[str, Tensor]:
+def _truncated(
+    logits: Tensor, kept: int, vocabulary: int, temperature: float, drawn: int, draw: torch.Generator
+) -> dict[str, Tensor]:
     log_p = torch.log_softmax(logits[..., :vocabulary].float() / temperature, -1)
     if not torch.isfinite(log_p.max()):
         raise DataError("the teacher's logits are not finite: its weights are damaged, or bfloat16 overflowed")
     ids, top, tail = keep_top(log_p, kept)
-    small = vocabulary <= 1 << 16
-    stored = torch.from_numpy(ids.numpy().astype(np.uint16).view(np.int16)) if small else ids.int()
-    return {"ids": stored, "log_probs": top.half(), "tail": tail.half()}
+    stored = {"ids": _small(ids, vocabulary), "log_probs": top.half(), "tail": tail.half()}
+    if drawn:
+        picked, log_probs = sample_tail(log_p, ids, drawn, draw)
+        stored |= {"drawn_ids": _small(picked, vocabulary), "drawn_log_probs": log_probs.half()}
+    return stored
+
+
+def _small(ids: Tensor, vocabulary: int) -> Tensor:
+    """Token ids in two bytes where they fit; safetensors has no unsigned ones in old versions."""
+    return torch.from_numpy(ids.numpy().astype(np.uint16).view(np.int16)) if vocabulary <= 1 << 16 else ids.int()
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
@@ -200,22 +221,29 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
     return path.stat().st_size
 
 
-def _summary(
-    tail: Tensor,
-    bound: Tensor,
-    stored: int,
-    kept: int,
-    vocabulary: int,
-    length: int,
-    sequences: int,
-    temperature: float,
-) -> CacheSummary:
-    mass = float(tail.mean())
-    return CacheSummary(
-        vocabulary=vocabulary, kept=kept, length=length, sequences=sequences, temperature=temperature,
-        bytes_per_token=stored / (sequences * length),
-        tail_mass=mass,
-        tail_mass_99=float(np.quantile(tail.numpy(), 0.99)),
-        kl_bound=float(bound.mean()),
-        kl_bound_1000=float(bound.mean()) + mass * float(np.log(1000.0)),
-    )  # fmt: skip
+class _Tally:
+    """Means over all positions, and the share below each per mille of tail mass, in bounded memory."""
+
+    def __init__(self) -> None:
+        self.positions, self.bytes, self.mass, self.bound = 0, 0, 0.0, 0.0
+        self.below = np.zeros(1000, dtype=np.int64)
+
+    def add(self, tensors: dict[str, Tensor], stored: int, vocabulary: int) -> None:
+        top, tail = tensors["log_probs"].float(), tensors["tail"].float()
+        mass = tail.exp().clamp(max=1.0)
+        self.positions, self.bytes = self.positions + tail.numel(), self.bytes + stored
+        self.mass += float(mass.double().sum())
+        self.bound += float(truncation_bound(top, tail, vocabulary).double().sum())
+        self.below += np.histogram(mass.numpy(), bins=1000, range=(0.0, 1.0))[0]
+
+    def summary(self, **known: Any) -> CacheSummary:
+        mass, bound = self.mass / self.positions, self.bound / self.positions
+        reached = int(np.searchsorted(np.cumsum(self.below), 0.99 * self.positions)) + 1
+        return CacheSummary(
+            bytes_per_token=self.bytes / self.positions,
+            tail_mass=mass,
+            tail_mass_99=reached / 1000,
+            kl_bound=bound,
+            kl_bound_1000=bound + mass * math.log(1000.0),
+            **known,
+        )

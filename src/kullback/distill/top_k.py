@@ -5,9 +5,10 @@ the result never exceeds the full f-divergence; for the forward KL the differenc
 
     p_tail \* KL(p(.|tail) || q(.|tail))  <=  p_tail \* log(p_K / (p_tail \* min_tail q(.|tail))),
 
-because no tail token is likelier than p_K, the least likely token kept.
+because no tail token is likelier than p_K, the least likely token kept. Tokens drawn from the tail take that loss away
+on average: the part of an f-divergence that lies in the tail is the mean over them of p_tail q f(p/q) / p.
 
-Shapes: K tokens kept, V vocabulary.
+Shapes: K tokens kept, M tokens drawn, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from kullback.core.errors import ShapeError
 from kullback.core.types import Divergence
+from kullback.divergences import FDivergence
 
-__all__ = ["coarsen", "keep_top", "top_k_divergence", "truncation_bound"]
+__all__ = ["coarsen", "keep_top", "sample_tail", "sampled_divergence", "top_k_divergence", "truncation_bound"]
 
 
 def keep_top(log_p: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +38,19 @@ def keep_top(log_p: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ShapeError(f"the tokens kept must be between 1 and {log_p.shape[-1] - 1} of the vocabulary, got {kept}")
     top, ids = log_p.topk(kept, -1)
     return ids, top, _rest(log_p, ids)
+
+
+def sample_tail(log_p: Tensor, ids: Tensor, drawn: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens [..., M] drawn from log_p [..., V] outside of ids [..., K], with replacement, and their log-probabilities.
+
+    >>> log_p = torch.tensor([0.5, 0.3, 0.2]).log()
+    >>> sample_tail(log_p, torch.tensor([0, 1]), 2, torch.Generator().manual_seed(0))[0]
+    tensor([2, 2])
+    """
+    rest = log_p.scatter(-1, ids, -math.inf).softmax(-1)
+    picked = torch.multinomial(rest.flatten(0, -2) if rest.ndim > 1 else rest, drawn, True, generator=generator)
+    picked = picked.reshape(*log_p.shape[:-1], drawn)
+    return picked, log_p.gather(-1, picked)
 
 
 def coarsen(log_q: Tensor, ids: Tensor) -> Tensor:
@@ -59,14 +74,58 @@ def top_k_divergence(
     >>> top_k_divergence(kl, *keep_top(p, 2), q), kl(p, q)
     (tensor(0.2773), tensor(0.2773))
     """
+    _check_tokens(ids, log_q)
+    log_p = torch.cat([top_log_probs, tail_log_prob.unsqueeze(-1)], -1)
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # what was stored in half precision sums to 1 again
+    return divergence(log_p.to(log_q.dtype), coarsen(log_q, ids))
+
+
+def sampled_divergence(
+    divergence: FDivergence,
+    ids: Tensor,
+    top_log_probs: Tensor,
+    tail_log_prob: Tensor,
+    tail_ids: Tensor,
+    tail_log_probs: Tensor,
+    log_q: Tensor,
+) -> Tensor:
+    """An unbiased estimate [...] of the whole f-divergence to log_q [..., V], in nats: exact on the kept tokens.
+
+    tail_ids and tail_log_probs [..., M] come from `sample_tail`, the others are those of `top_k_divergence`. Estimate
+    and gradient are unbiased over the draws.
+
+    >>> from kullback.divergences import f_divergence
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> kept, drawn = keep_top(p, 2), (torch.tensor([2]), p[[2]])
+    >>> sampled_divergence(f_divergence("kl"), *kept, *drawn, q), f_divergence("kl")(p, q)
+    (tensor(0.2773), tensor(0.2773))
+    """
+    _check_tokens(ids, log_q)
+    _check_tokens(tail_ids, log_q)
+    total = torch.logaddexp(top_log_probs.logsumexp(-1), tail_log_prob).unsqueeze(-1)
+    top, tail = (top_log_probs - total).to(log_q.dtype), (tail_log_prob.unsqueeze(-1) - total).to(log_q.dtype)
+    drawn = (tail_log_probs - total).to(log_q.dtype)
+    inside = _terms(divergence, top, log_q.gather(-1, ids)).sum(-1)
+    outside = _terms(divergence, drawn, log_q.gather(-1, tail_ids)) * (tail - drawn).exp()
+    return inside + outside.mean(-1)
+
+
+def _terms(divergence: FDivergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """q f(p/q) - f(0) (q - p): over all outcomes the same sum, and over p no larger than it need be where p << q.
+
+    For KL it is p log(p/q), whose estimate has the gradient of the drawn distribution and no other noise.
+    """
+    terms = divergence.terms(log_p, log_q)
+    at_zero = float(divergence.f(log_p.new_tensor(-math.inf)))
+    return terms - at_zero * (log_q.exp() - log_p.exp()) if math.isfinite(at_zero) else terms
+
+
+def _check_tokens(ids: Tensor, log_q: Tensor) -> None:
     if ids.numel() and int(ids.max()) >= log_q.shape[-1]:
         raise ShapeError(
             f"the teacher kept token {int(ids.max())} and the student has {log_q.shape[-1]} tokens: "
             "give a student with the teacher's tokenizer"
         )
-    log_p = torch.cat([top_log_probs, tail_log_prob.unsqueeze(-1)], -1)
-    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # what was stored in half precision sums to 1 again
-    return divergence(log_p.to(log_q.dtype), coarsen(log_q, ids))
 
 
 def truncation_bound(top_log_probs: Tensor, tail_log_prob: Tensor, vocabulary: int, *, ratio: float = 1.0) -> Tensor:

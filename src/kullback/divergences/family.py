@@ -61,9 +61,13 @@ class FDivergence:
         return self.loss(log_p, log_q)
 
     def definition(self, log_p: Tensor, log_q: Tensor, /) -> Tensor:
-        """sum q f(p/q) from the generator, [..., V] to [...]: slower than a call, and differentiable again and again.
+        """sum q f(p/q) from the generator, [..., V] to [...]: slower than a call, differentiable again and again."""
+        return self.terms(log_p, log_q).sum(-1)
 
-        Where p > q it sums p f°(q/p), the same number with a ratio below 1, so that nothing overflows.
+    def terms(self, log_p: Tensor, log_q: Tensor, /) -> Tensor:
+        """q f(p/q) of every outcome [..., V], from the generator: none is negative, and their sum is the divergence.
+
+        Where p > q it is p f°(q/p), the same number with a ratio below 1, so that nothing overflows.
         """
         log_p, log_q = check_pair(log_p, log_q)
         both_zero = (log_p == -math.inf) & (log_q == -math.inf)
@@ -73,7 +77,7 @@ class FDivergence:
         # each branch sees only its own ratios, so that the other's infinities reach neither value nor gradient
         from_p = log_p.masked_fill(~above, 0.0).exp() * self.dual().f((-ratio).masked_fill(~above, 0.0))
         from_q = log_q.masked_fill(above, 0.0).exp() * self.f(ratio.masked_fill(above, 0.0))
-        return torch.where(above, from_p, from_q).masked_fill(both_zero, 0.0).sum(-1)
+        return torch.where(above, from_p, from_q).masked_fill(both_zero, 0.0)
 
     def dual(self) -> FDivergence:
         """The divergence with its arguments exchanged, D(q||p): its generator is f°(u) = u f(1/u).

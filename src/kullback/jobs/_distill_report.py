@@ -16,7 +16,7 @@ from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.distill.measure import measure
 from kullback.distill.on_policy import sample_continuations
-from kullback.figures import draw_curves
+from kullback.figures import figure
 
 if TYPE_CHECKING:
     from kullback.jobs._distillation import Distillation
@@ -34,15 +34,15 @@ def write_report(work: Distillation) -> None:
     if not (out / "model").exists():
         with atomic_directory(out / "model") as place:
             shutil.copytree(out / "parts" / best.name / "model", place, dirs_exist_ok=True)
-    rows = [_row("teacher", [_teacher(work)]), _row("student before", [report["before"] for report in reports.values()])]
+    rows = [
+        _row("teacher", [_teacher(work)]),
+        _row("student before", [reports[part.name]["before"] for part in work.parts if part.role == "distilled"]),
+    ]
     for role in dict.fromkeys(part.role for part in work.parts):
         rows.append(_row(_TITLES[role], [reports[part.name]["after"] for part in work.parts if part.role == role]))
     curves = {part.name: list(Run.open(out / "parts" / part.name).events()) for part in work.parts}
     atomic_write(out / "curves.csv", _csv(curves))
-    draw_curves(
-        work.run.figure("curves"), _validation(curves),
-        horizontal="step", vertical="validation cross-entropy (nats a token)",
-    )  # fmt: skip
+    _draw(work.run.figure("curves"), _validation(curves), rows[0].get("cross_entropy"))
     samples = _samples(work)
     atomic_write(out / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     report: dict[str, Any] = {"rows": rows, "parts": reports}
@@ -118,6 +118,20 @@ def _validation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
         name: sorted({e["step"]: (e["step"], e["cross_entropy"]) for e in events if e["kind"] == "evaluation"}.values())
         for name, events in curves.items()
     }
+
+
+def _draw(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], teacher: float | None) -> None:
+    """Validation loss against steps, one line a part, one colour a role; the teacher's as a level."""
+    with figure(path) as axes:
+        for name, points in curves.items():
+            role = name.rsplit("-", 1)[0]
+            style = {"color": {"distilled": "C0", "baseline": "C1"}.get(role, "C2"), "linewidth": 1.4}
+            label = _TITLES[role] if name == next(key for key in curves if key.startswith(role)) else None
+            axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=2.5, **style)
+        if teacher is not None:
+            axes.axhline(teacher, color="0.5", linestyle="--", linewidth=1.0, label="teacher")
+        axes.set(xlabel="step", ylabel="validation cross-entropy (nats a token)")
+        axes.legend(frameon=False)
 
 
 def _csv(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -136,9 +136,11 @@ class Distillation:
         from kullback.models.small import small_llama
 
         draw = generator(seed, "student")
-        return small_llama(
+        model = small_llama(
             len(self.tokenizer), hidden=96, layers=2, heads=4, length=self.config.data.length, generator=draw
         )
+        model.config.eos_token_id = model.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        return model
 
     def trainer(self, part: Part, run: Run) -> _Trainer:
         objective: Objective = objective_of(part.objective)

@@ -13,7 +13,15 @@ import torch
 from kullback.core.errors import ConfigError, DataError, MissingExtra, ShapeError
 from kullback.core.rng import generator
 
-__all__ = ["add_lora", "check_same_tokenizer", "check_weights", "load_model", "load_tokenizer", "merged", "without_bars"]
+__all__ = [
+    "add_lora",
+    "check_same_tokenizer",
+    "check_weights",
+    "load_model",
+    "load_tokenizer",
+    "merged",
+    "without_bars",
+]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -78,7 +78,7 @@ def training_arguments(config: TrainingConfig, run: Run, *, processes: int) -> T
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         bf16=config.precision == "bfloat16",
-        fsdp=config.fsdp or None,
+        fsdp=cast(Any, config.fsdp or None),
         fsdp_config={"state_dict_type": "FULL_STATE_DICT", **config.fsdp_options} if config.fsdp else None,
         use_cpu=on_cpu(),
         ddp_find_unused_parameters=False,

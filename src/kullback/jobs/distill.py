@@ -82,7 +82,7 @@ class DistillConfig:
 def embedded() -> DistillConfig:
     """The job that runs when nothing is named: the embedded teacher and student on the standard library's prose."""
     return DistillConfig(
-        training=TrainingConfig(steps=150, batch=16, learning_rate=3e-3, evaluate_every=50, save_every=50),
+        training=TrainingConfig(steps=150, batch=16, learning_rate=3e-3, evaluate_every=25, save_every=50),
         seeds=(0, 1, 2),
         baseline=True,
     )
@@ -125,7 +125,7 @@ def objective_of(config: ObjectiveConfig) -> Objective:
 
     from kullback.distill.objective import Objective
     from kullback.distill.sinkd import sinkd_loss
-    from kullback.divergences import kl, named
+    from kullback.divergences import F_NAMES, f_divergence, kl, named
 
     shared: dict[str, Any] = {
         "cross_entropy": config.cross_entropy,
@@ -133,7 +133,9 @@ def objective_of(config: ObjectiveConfig) -> Objective:
         "squared_temperature": config.squared_temperature,
     }
     if config.name != "sinkd":
-        return Objective(divergence=named(config.name, **config.options), **shared)
+        name = config.name.replace("-", "_")
+        divergence = f_divergence if name in F_NAMES else named
+        return Objective(divergence=divergence(name, **config.options), **shared)
     options: dict[str, Any] = {"weight": 0.8, "rows": 1024, **config.options}
     weight, rows = float(options.pop("weight")), int(options.pop("rows"))
     term = partial(sinkd_loss, reduction="mean", **_keywords(sinkd_loss, options))

@@ -19,14 +19,16 @@ __all__ = ["TeacherCacheConfig", "run"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherCacheConfig:
-    """teacher: a model directory, empty for the embedded one; kept: tokens kept at each position; temperature: the one
-    that training will use; batch: sequences the teacher reads at once; data: the text, packed as `kullback distill`
-    will.
+    """teacher: a model directory, empty for the embedded one; data: the text, packed as `kullback distill` will; kept:
+    tokens kept at each position; drawn: tokens drawn from the rest, by `seed`, so that no mass is lost on average;
+    temperature: the one that training will use; batch: sequences the teacher reads at once.
     """
 
     teacher: str = ""
     data: TextConfig = field(default_factory=TextConfig)
     kept: int = 32
+    drawn: int = 8
+    seed: int = 0
     temperature: float = 1.0
     batch: int = 8
 
@@ -36,6 +38,20 @@ def run(config: TeacherCacheConfig, out: Path, *, listen: Listener | None = None
 
     Raises ConfigError or DataError for input that cannot work, and CheckpointError when `out` is there already.
     """
+    from kullback.jobs._models import without_bars
+
+    listen = listen or (lambda event: None)
+    if out.exists():
+        raise CheckpointError(f"{out} is there already: choose another folder for the cache, or remove it")
+    if not config.temperature > 0:
+        raise ConfigError(f"temperature must be > 0, got {config.temperature}")
+    if config.drawn < 0:
+        raise ConfigError(f"drawn is a number of tokens, at least 0, got {config.drawn}")
+    with without_bars():
+        return _write(config, out, listen)
+
+
+def _write(config: TeacherCacheConfig, out: Path, listen: Listener) -> CacheSummary:
     from torch.utils.data import ConcatDataset
 
     from kullback.data.packing import load_packed
@@ -44,11 +60,6 @@ def run(config: TeacherCacheConfig, out: Path, *, listen: Listener | None = None
     from kullback.jobs._models import load_model, load_tokenizer
     from kullback.jobs._texts import pack_texts
 
-    listen = listen or (lambda event: None)
-    if out.exists():
-        raise CheckpointError(f"{out} is there already: choose another folder for the cache, or remove it")
-    if not config.temperature > 0:
-        raise ConfigError(f"temperature must be > 0, got {config.temperature}")
     folder = config.teacher or str(_embedded_teacher(listen))
     model, tokenizer = load_model(folder, role="teacher"), load_tokenizer(folder, role="teacher")
     with tempfile.TemporaryDirectory(prefix="kullback-") as scratch:
@@ -62,6 +73,8 @@ def run(config: TeacherCacheConfig, out: Path, *, listen: Listener | None = None
             blocks,
             out,
             kept=config.kept,
+            drawn=config.drawn,
+            seed=config.seed,
             vocabulary=model.get_output_embeddings().weight.shape[0],
             temperature=config.temperature,
             batch=config.batch,
