@@ -66,20 +66,34 @@ def _control_weights(order: Tensor, image: Tensor, control_image: Tensor, lowest
     return torch.linalg.lstsq(design, target.unsqueeze(-1)).solution.squeeze(-1)
 
 
-def _cone_violated(order: Tensor, sizes: Tensor, fudge: Callable[[int], float], lag: int, first: int) -> bool:
-    """Whether sums over levels contradict the decay that the bound takes for granted."""
-    top = order.shape[-1].bit_length() - 1
+class _Cone:
+    """What the sums of coefficients over a level must lie between, from all sample sizes so far.
 
-    def ratio(gap: int) -> float:
-        return fudge(gap) / ((1.0 + fudge(lag)) * 2.0**-lag) * 2.0**-gap
+    A level's sum is seen at every size, each time with less aliasing; a lower bound from one size above an upper bound
+    from another contradicts the decay that the error bound takes for granted.
+    """
 
-    lows, highs = [], []
-    for level in range(first, top + 1):
-        total = sizes.gather(-1, order[:, 1 << (level - 1) : 1 << level]).sum(-1)
-        growth = ratio(top - level)
-        lows.append(total / (1.0 + growth))
-        highs.append(total / (1.0 - growth) if growth < 1.0 else torch.full_like(total, torch.inf))
-    return bool((torch.stack(lows) > torch.stack(highs)).any())
+    FIRST = 6
+
+    def __init__(self, fudge: Callable[[int], float], lag: int) -> None:
+        self.fudge, self.lag = fudge, lag
+        self.bounds: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def violated(self, order: Tensor, sizes: Tensor) -> bool:
+        """Whether the coefficients of a new sample size contradict those before."""
+        top = order.shape[-1].bit_length() - 1
+        found = False
+        for level in range(self.FIRST, top + 1):
+            gap = top - level
+            growth = self.fudge(gap) / ((1.0 + self.fudge(self.lag)) * 2.0**-self.lag) * 2.0**-gap
+            total = sizes.gather(-1, order[:, 1 << (level - 1) : 1 << level]).sum(-1)
+            low = total / (1.0 + growth)
+            high = total / (1.0 - growth) if growth < 1.0 else torch.full_like(total, torch.inf)
+            if level in self.bounds:
+                low, high = torch.maximum(low, self.bounds[level][0]), torch.minimum(high, self.bounds[level][1])
+            self.bounds[level] = low, high
+            found = found or bool((low > high * (1.0 + 1e-9)).any())
+        return found
 
 
 def integrate_by_coefficients(
@@ -99,7 +113,7 @@ def integrate_by_coefficients(
     """The adaptive rule for a net or a lattice; see `integrate`.
 
     fudge: of m, the factor of the bound; lag: how many levels lie between the coefficients that are summed and the
-    top; check_cone: flags a function outside the cone; periodize: for lattices, "baker" by default, a name of
+    top; check_cone: flags a function outside the cone (a strict test that harmless ones may fail); periodize: for lattices, "baker" by default, a name of
     PERIODIC. control: control variates, whose weights are found at first, or at each step with update_control.
     """
     lattice = points.kind == "lattice"
@@ -115,6 +129,7 @@ def integrate_by_coefficients(
     weights = torch.zeros(1)
     history: list[dict[str, float]] = []
     flags: set[str] = set()
+    cone = _Cone(fudge, lag)
     raw = image
     for start, stop in doubling(n_min, n_max):
         block = points.points(start, stop)
@@ -140,7 +155,7 @@ def integrate_by_coefficients(
             order = _sorted_levels(torch.cat([order, stop // 2 + order], -1), sizes, lowest + 1)
         half = fudge(level) * sizes.gather(-1, order[:, 1 << lowest : 1 << (lowest + 1)]).sum(-1)
         mean = image[:, 0].real if lattice else image[:, 0]
-        if check_cone and _cone_violated(order, sizes, fudge, lag, min(6, level)):
+        if check_cone and cone.violated(order, sizes):
             flags.add("the coefficients do not decay as the bound supposes: the integrand lies outside the cone")
         lo, hi = (mean - half).reshape(shape), (mean + half).reshape(shape)
         history.append({"n": stop, "half_width": float(half.max())})

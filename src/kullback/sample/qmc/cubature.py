@@ -68,7 +68,8 @@ class Tolerance:
         return relative.clamp(max=self.absolute) if self.both else relative.clamp(min=self.absolute)
 
     def met(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return hi - lo <= self.at(lo) + self.at(hi)
+        # a half-width that was set to the tolerance must not miss it by a rounding
+        return hi - lo <= (self.at(lo) + self.at(hi)) * (1.0 + 1e-9)
 
     def centre(self, lo: Tensor, hi: Tensor) -> Tensor:
         return 0.5 * (lo + hi + self.at(lo) - self.at(hi))
