@@ -96,6 +96,49 @@ class _Cone:
         return found
 
 
+class _Coefficients:
+    """The coefficients of the samples so far, net of control variates, and the order that sorts them."""
+
+    def __init__(self, lattice: bool, lag: int, update_control: bool) -> None:
+        self.lattice, self.lag, self.update_control = lattice, lag, update_control
+        self.plain = self.image = self.extra = self.order = torch.empty(0)
+        self.weights = torch.empty(0)
+
+    @property
+    def lowest(self) -> int:
+        """The level whose coefficients the bound sums."""
+        return self.plain.shape[-1].bit_length() - 2 - self.lag
+
+    def add(self, values: Tensor, controls: Tensor | None) -> None:
+        """Samples [P, n] of the integrand and [c, n] of centred control variates: the first, or as many again."""
+        first = self.plain.numel() == 0
+        self.plain = _coefficients(values, self.lattice) if first else _doubled(self.plain, values, self.lattice)
+        count = self.plain.shape[-1]
+        fresh = torch.arange(count).expand(len(values), -1)
+        self.image = self.plain
+        if controls is not None:
+            extra = _coefficients(controls, self.lattice) if first else _doubled(self.extra, controls, self.lattice)
+            self.extra = extra
+            if first or self.update_control:
+                order = _sorted_levels(fresh, self.plain.abs(), 1)
+                self.weights = _control_weights(order, self.plain, extra, self.lowest)
+            self.image = self.plain - (self.weights.to(extra.dtype).unsqueeze(-1) * extra).sum(-2)
+        if first:
+            self.order = _sorted_levels(fresh, self.image.abs(), 1)
+        else:
+            order = torch.cat([self.order, count // 2 + self.order], -1)
+            self.order = _sorted_levels(order, self.image.abs(), self.lowest + 1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.image[:, 0].real if self.lattice else self.image[:, 0]
+
+    def sum_of_level(self) -> Tensor:
+        """sum |y~_k| over the level that the bound takes, [P]."""
+        chosen = self.order[:, 1 << self.lowest : 2 << self.lowest]
+        return self.image.gather(-1, chosen).abs().sum(-1)
+
+
 def integrate_by_coefficients(
     function: Integrand,
     points: PointSet,
@@ -113,8 +156,9 @@ def integrate_by_coefficients(
     """The adaptive rule for a net or a lattice; see `integrate`.
 
     fudge: of m, the factor of the bound; lag: how many levels lie between the coefficients that are summed and the
-    top; check_cone: flags a function outside the cone (a strict test that harmless ones may fail); periodize: for lattices, "baker" by default, a name of
-    PERIODIC. control: control variates, whose weights are found at first, or at each step with update_control.
+    top; check_cone: flags a function outside the cone (a strict test, which harmless ones may fail); periodize: for
+    lattices, "baker" by default, a name of PERIODIC. control: control variates, whose weights are found at first, or
+    at each step with update_control.
     """
     lattice = points.kind == "lattice"
     if periodize is not None and not lattice:
@@ -123,41 +167,20 @@ def integrate_by_coefficients(
         raise ConfigError(f"n_min is at least {1 << (lag + 2)} here, to have coefficients to sum, and is {n_min}")
     change = (periodize or "baker") if lattice else "none"
     integrand = periodized(function, change)
-    controls = None if control is None else periodized(control.function, change)
-    image, extra, order = torch.empty(0), torch.empty(0), torch.empty(0)
-    shape: torch.Size = torch.Size()
-    weights = torch.zeros(1)
+    samples, cone = _Coefficients(lattice, lag, update_control), _Cone(fudge, lag)
     history: list[dict[str, float]] = []
     flags: set[str] = set()
-    cone = _Cone(fudge, lag)
-    raw = image
     for start, stop in doubling(n_min, n_max):
         block = points.points(start, stop)
-        values = evaluate(integrand, block)
-        shape, flat = values.shape[1:], values.reshape(len(values), -1).mT
-        level = stop.bit_length() - 1
-        lowest = level - lag - 1
-        raw = _coefficients(flat, lattice) if not start else _doubled(raw, flat, lattice)
-        fresh = torch.arange(stop).expand(len(flat), -1)
-        if control is not None and controls is not None:
-            added = evaluate(controls, block).reshape(len(block), -1).mT - control.means.to(torch.float64).unsqueeze(-1)
-            extra = _coefficients(added, lattice) if not start else _doubled(extra, added, lattice)
-            if not start or update_control:
-                plain = _sorted_levels(fresh, raw.abs(), 1)
-                weights = _control_weights(plain, raw, extra, lowest)
-            image = raw - (weights.to(extra.dtype).unsqueeze(-1) * extra).sum(-2)
-        else:
-            image = raw
-        sizes = image.abs()
-        if not start:
-            order = _sorted_levels(fresh, sizes, 1)
-        else:
-            order = _sorted_levels(torch.cat([order, stop // 2 + order], -1), sizes, lowest + 1)
-        half = fudge(level) * sizes.gather(-1, order[:, 1 << lowest : 1 << (lowest + 1)]).sum(-1)
-        mean = image[:, 0].real if lattice else image[:, 0]
-        if check_cone and cone.violated(order, sizes):
+        values, added = evaluate(integrand, block), None
+        if control is not None:
+            added = evaluate(periodized(control.function, change), block).reshape(len(block), -1).mT
+            added = added - control.means.to(torch.float64).unsqueeze(-1)
+        samples.add(values.reshape(len(values), -1).mT, added)
+        half = fudge(stop.bit_length() - 1) * samples.sum_of_level()
+        if check_cone and cone.violated(samples.order, samples.image.abs()):
             flags.add("the coefficients do not decay as the bound supposes: the integrand lies outside the cone")
-        lo, hi = (mean - half).reshape(shape), (mean + half).reshape(shape)
+        lo, hi = ((samples.mean + sign * half).reshape(values.shape[1:]) for sign in (-1.0, 1.0))
         history.append({"n": stop, "half_width": float(half.max())})
         converged = bool(tolerance.met(lo, hi).all())
         if converged:
