@@ -208,7 +208,8 @@ def test_tsallis_law_sums_to_one_where_newton_is_hard():
     for costs in ([0.0, 0.0], [0.0, 1e6, 1e-9], [0.0] + 99 * [3.0]):
         for rate in (1e-4, 1.0, 50.0):
             costs = np.array(costs)
-            law = tsallis_law(costs, rate)
+            law, gap = tsallis_law(costs, rate)
+            np.testing.assert_allclose(tsallis_law(costs, rate, 100 * gap)[0], law, rtol=1e-9)
             assert law.sum() == pytest.approx(1.0, abs=1e-12)
             x = costs - 2 / (rate * np.sqrt(law))  # the same x for all arms
             assert np.ptp(x[law > 1e-12]) < 1e-6 * max(1.0, abs(x).max())

@@ -6,6 +6,8 @@ The states are small arrays that change one entry at a time, so they are numpy's
 from __future__ import annotations
 
 import math
+import threading
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -122,9 +124,19 @@ def restricted(values: Floats, arms: Arms | None, empty: float) -> Floats:
     return masked
 
 
+class _Scratch(threading.local):
+    """A number that is drawn into: making a tensor takes longer than the draw."""
+
+    def __init__(self) -> None:
+        self.number = torch.empty((), dtype=torch.float64)
+
+
+_SCRATCH = _Scratch()
+
+
 def uniform(generator: torch.Generator) -> float:
     """One number of [0, 1) from the generator."""
-    return torch.empty((), dtype=torch.float64).uniform_(generator=generator).item()
+    return _SCRATCH.number.uniform_(generator=generator).item()
 
 
 def stream_states(count: int, generator: torch.Generator) -> NDArray[np.uint64]:
@@ -152,6 +164,6 @@ def tie_law(index: Floats) -> Floats:
 
 def draw(weights: Floats, generator: torch.Generator) -> int:
     """An arm with probability proportional to its weight; one of weight 0 is never drawn."""
-    cumulated = weights.cumsum()
-    arm = int(cumulated.searchsorted(uniform(generator) * cumulated[-1], side="right"))
+    cumulated = np.add.accumulate(weights).tolist()  # a list is searched faster than an array
+    arm = bisect_right(cumulated, uniform(generator) * cumulated[-1])
     return arm if arm < len(weights) else int(np.flatnonzero(weights)[-1])

@@ -120,7 +120,12 @@ class Exp3(_Drawn):
 
     def _fresh_law(self) -> Floats:
         law = np.exp(self.log_weights)
-        law /= law.sum()
+        total = np.add.reduce(law)
+        if not 1e-100 < total < 1e100:  # seldom: the weights lose their common factor
+            self.log_weights -= self.log_weights.max()
+            law = np.exp(self.log_weights)
+            total = np.add.reduce(law)
+        law /= total
         return (1.0 - self.mixing) * law + self.mixing / self.arms if self.mixing else law
 
     def update(self, arm: int, reward: float, context: Any = None, *, probability: float | None = None) -> None:
@@ -134,10 +139,9 @@ class Exp3(_Drawn):
             self.log_weights[arm] += self.rate * gain / played
         else:
             self.log_weights[arm] -= self.rate * (1.0 - gain) / (played + self.implicit)
-        self.log_weights -= self.log_weights.max()
         self._law = None
         if self.share:
-            weights = np.exp(self.log_weights)
+            weights = np.exp(self.log_weights - self.log_weights.max())
             np.log((1.0 - self.share) * weights / weights.sum() + self.share / self.arms, out=self.log_weights)
 
 
@@ -232,21 +236,22 @@ class Exp4(Saved):
         self.log_weights -= self.log_weights.max()
 
 
-def tsallis_law(costs: Floats, rate: float) -> Floats:
-    """The law q_a = 4 (rate (costs_a - x))^-2 with the x < min(costs) at which it sums to 1, by Newton's method.
+def tsallis_law(costs: Floats, rate: float, gap: float = 0.0) -> tuple[Floats, float]:
+    """The law q_a = 4 (rate (costs_a - x))^-2, whose x lies `gap` below the smallest cost, where it sums to 1; and gap.
 
-    The sum is convex and rising in x and at least 1 where the iteration begins, so that it comes down to the root.
+    Newton's method: the sum is convex and falling in the gap, and at least 1 at 2 / rate, so that the iteration climbs
+    to the root from there, or from below it after one step from a gap that is too large. gap: a guess to begin with.
     """
-    x = float(costs.min()) - 2.0 / rate
+    lowest, least = float(np.minimum.reduce(costs)), 2.0 / rate
+    gap = max(gap, least)
     for _ in range(100):
-        inverse = 2.0 / (rate * (costs - x))
+        inverse = least / (costs - (lowest - gap))
         law = inverse * inverse
-        excess = law.sum() - 1.0
-        step = excess / (rate * (law * inverse).sum())
-        x -= step
-        if abs(excess) < 1e-12:
+        total = float(np.add.reduce(law))
+        if abs(total - 1.0) < 1e-12:
             break
-    return law / law.sum()
+        gap = max(gap + (total - 1.0) / (rate * float(law.dot(inverse))), least)
+    return law / total, gap
 
 
 class TsallisINF(_Drawn):
@@ -256,7 +261,7 @@ class TsallisINF(_Drawn):
     "reduced": c - B over q, plus B, where B = 1/2 for arms with q >= rate^2.
     """
 
-    _saved = ("costs", "rounds")
+    _saved = ("costs", "rounds", "gap")
 
     def __init__(
         self, arms: int, *, estimator: str = "weighted", reward_range: tuple[float, float] = (0.0, 1.0)
@@ -264,18 +269,19 @@ class TsallisINF(_Drawn):
         if estimator not in ("weighted", "reduced"):
             raise ConfigError(f'estimator is "weighted" or "reduced", not {estimator!r}')
         self.arms, self.scale, self.estimator = check_arms(arms), RewardScale(reward_range), estimator
-        self.costs, self.rounds = np.zeros(self.arms), 0
+        self.costs, self.rounds, self.gap, self._found = np.zeros(self.arms), 0, 0.0, 0.0
 
     def reset(self) -> None:
         """Forget everything."""
-        self.costs[:], self.rounds, self._law = 0.0, 0, None
+        self.costs[:], self.rounds, self.gap, self._law = 0.0, 0, 0.0, None
 
     def rate(self) -> float:
         """The rate of the coming round."""
         return (2.0 if self.estimator == "weighted" else 4.0) / math.sqrt(self.rounds + 1.0)
 
     def _fresh_law(self) -> Floats:
-        return tsallis_law(self.costs, self.rate())
+        law, self._found = tsallis_law(self.costs, self.rate(), self.gap)
+        return law
 
     def update(self, arm: int, reward: float, context: Any = None, *, probability: float | None = None) -> None:
         """Learn the reward of an arm that was played with `probability`, by default the current one."""
@@ -287,5 +293,5 @@ class TsallisINF(_Drawn):
             cost -= float(baseline[arm])
         self.costs[arm] += cost / played
         self.costs -= self.costs.min()
-        self.rounds += 1
+        self.rounds, self.gap = self.rounds + 1, self._found  # kept only now, so that a saved state gives the same bits
         self._law = None

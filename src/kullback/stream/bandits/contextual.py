@@ -121,13 +121,13 @@ class LinearModels(Saved):
         """One observation x [d] of a model: rank one, by Sherman and Morrison."""
         if not math.isfinite(reward):
             raise DataError(f"a reward is finite, and is {reward}")
-        inverse = self.inverse[model]
+        inverse, theta = self.inverse[model], self.theta[model]
         along = inverse @ x
-        scale = 1.0 + torch.dot(x, along)
+        scale, error = 1.0 + float(x @ along), reward - float(x @ theta)
         self.precision[model].addr_(x, x)
-        inverse.addr_(along, along / -scale)
-        self.theta[model] += along * ((reward - torch.dot(x, self.theta[model])) / scale)
-        self.moments[model] += reward * x
+        inverse.addr_(along, along, alpha=-1.0 / scale)
+        theta.add_(along, alpha=error / scale)
+        self.moments[model].add_(x, alpha=reward)
 
     def add_many(self, models: Tensor, x: Tensor, rewards: Tensor) -> None:
         """Observations x [B, d] with rewards [B] of models [B]: sums of rank one, then one solve a model."""
@@ -162,12 +162,15 @@ class _Linear(Saved):
         wanted = (self.arms, self.fit.dimension) if self.shared else (self.fit.dimension,)
         if tuple(x.shape[-len(wanted) :]) != wanted:
             raise ShapeError(f"the context has shape {wanted} after any batch, and came as {tuple(x.shape)}")
-        if not torch.isfinite(x).all():
+        if not math.isfinite(x.sum()):
             raise DataError("the context has NaN or infinity in it: every feature must be a number")
         return x if self.shared else x.unsqueeze(-2)
 
     def _means_and_deviations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """theta . x and root(x^T A^-1 x) for every arm, [..., K]."""
+        if x.ndim == 2 and not self.shared:  # one context: three products
+            mean, square = self.fit.theta @ x[0], self.fit.inverse @ x[0] @ x[0]
+            return mean, square.clamp_(min=0.0).sqrt_()
         mean = (x * self.fit.theta).sum(-1)
         if self.shared:
             square = (x @ self.fit.inverse[0] * x).sum(-1)
@@ -230,11 +233,12 @@ class LinUCB(_Linear):
 
     def pull(self, context: Any, *, generator: torch.Generator) -> int:
         """The arm of the largest bound; ties are broken at random."""
-        bounds = self.bounds(context)
-        ties = (bounds == bounds.max()).nonzero().squeeze(-1)
+        bounds = self.bounds(context).tolist()
+        top = max(bounds)
+        ties = [arm for arm, bound in enumerate(bounds) if bound == top]
         if len(ties) == 1:
-            return int(ties[0])
-        return int(ties[int(torch.randint(len(ties), (1,), generator=generator, device=generator.device))])
+            return ties[0]
+        return ties[int(torch.randint(len(ties), (), generator=generator, device=generator.device))]
 
     def pull_many(self, contexts: Any, *, generator: torch.Generator) -> Tensor:
         """The arms [B] for contexts [B, ...], all before any reward; ties go to the lowest number."""

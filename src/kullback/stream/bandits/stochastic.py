@@ -293,9 +293,10 @@ class EpsilonGreedy(Saved):
         if fresh is not None:
             return fresh
         means = restricted(self.seen.means, arms, -math.inf)
-        if uniform(generator) < self.epsilon():
+        chance, epsilon = uniform(generator), self.epsilon()
+        if chance < epsilon:  # and then chance / epsilon is uniform
             allowed = range(self.seen.arms) if arms is None else arms
-            return int(allowed[int(uniform(generator) * len(allowed))])
+            return int(allowed[min(int(chance / epsilon * len(allowed)), len(allowed) - 1)])
         return best(means, generator)
 
     def update(self, arm: int, reward: float, context: Any = None, *, probability: float | None = None) -> None:
