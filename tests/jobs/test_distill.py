@@ -232,3 +232,9 @@ def test_divergent_training_is_said_and_the_checkpoint_kept(config, tmp_path):
     wild = with_training(config, learning_rate=1e30, clip=0.0, steps=20, warmup=0.0)
     with pytest.raises(ConfigError, match="lower training.learning_rate"):
         job.run(wild, tmp_path / "run")
+
+
+def test_tensorboard_is_written_inside_the_run(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = job.run(with_training(config, report_to=("tensorboard",)), tmp_path / "run")
+    assert list(run.path.rglob("events.out.tfevents.*"))

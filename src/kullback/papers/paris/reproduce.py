@@ -7,7 +7,7 @@ with four allotments of particles and sweeps, against the maximum of the Kalman 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from torch import Tensor
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
-from kullback.sample._moves import select
-from kullback.sample.exact_smoothing import kalman_smoother
-from kullback.sample.paris import paris
-from kullback.sample.ppg import ppg, ppg_rollout
+from kullback.sample.exact_smoothing import kalman_smoother, sequence_rows
+from kullback.sample.paris import Smoother, paris
+from kullback.sample.ppg import forward_pass, ppg, ppg_rollout, simulate_back, trace
 from kullback.sample.score_ascent import score_ascent
-from kullback.sample.state_space import LinearGaussianModel
+from kullback.sample.state_space import AdditiveStatistic, LinearGaussianModel
+
+__all__ = ["draw", "reproduce"]
 
 TIMES, PARTICLES, REPLICATES = 100, 10, 200
 SWEEPS, BURN_IN = 8, 4
 BUDGETS = (10, 50, 90, 130)  # particles of PaRIS: 90 are those of the eight sweeps and of the pass that starts them
 LEARNING_TIMES, TRUTH, SCALE, START = 200, 0.95, 0.3, 0.5
-STEPS, AVERAGED, LEARNERS = 100, 30, 24
+STEPS, AVERAGED, LEARNERS, GAIN = 100, 30, 24, 1.0
 SETTINGS = {  # particles, sweeps; None: plain PaRIS
     "PaRIS, N = 8": (8, None),
     "PaRIS, N = 32": (32, None),
@@ -120,7 +121,7 @@ def learned(name: str, observations: Tensor, seed: int) -> Tensor:
     """The coefficients of LEARNERS learners after each step: [STEPS, LEARNERS]."""
     particles, sweeps = SETTINGS[name]
     values = {"coefficient": torch.full((LEARNERS,), START, dtype=torch.float64, requires_grad=True)}
-    optimizer = torch.optim.SGD(values.values(), lr=0.5 / LEARNING_TIMES, maximize=True)
+    optimizer = torch.optim.SGD(values.values(), lr=GAIN / LEARNING_TIMES, maximize=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) ** -0.6)
     seen: list[Tensor] = []
     score_ascent(
@@ -169,31 +170,15 @@ def reproduce(run: Run) -> Report:
 
 def genealogies(count: int = 25, times: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Paths of all final particles, traced and drawn backward, [count, times + 1] each; smoothed mean and deviation."""
-    model = LinearGaussianModel.scalar(0.9, 0.6, 1.0)
-    source = generator(0, "paris", "picture")
+    model, source = LinearGaussianModel.scalar(0.9, 0.6, 1.0), generator(0, "paris", "picture")
     observations = observed(model, times, source)
-    smoother = paris(model, product, num_particles=count, backward="exact")
-    states, ancestors = [smoother.init(observations[0], generator=source)], []
-    for observation in observations[1:]:
-        state, info = smoother.step(states[-1], observation, generator=source)
-        states.append(state)
-        ancestors.append(info.ancestors)
-    lines = []
-    for traced in (True, False):
-        index, path = torch.arange(count).unsqueeze(0), [states[-1].particles]
-        for time in range(times, 0, -1):
-            before = states[time - 1]
-            if traced:
-                index = ancestors[time - 1].gather(1, index)
-            else:
-                logits = before.log_weights.unsqueeze(1) + model.log_trans(
-                    before.particles.unsqueeze(1), path[-1].unsqueeze(2), time
-                )
-                index = torch.multinomial(logits[0].softmax(-1), 1, generator=source).T
-            path.append(select(before.particles, index))
-        lines.append(torch.stack(path[::-1], dim=2)[0, :, :, 0])
+    smoother = Smoother(model, AdditiveStatistic(product), count, backward="exact")
+    history = forward_pass(smoother, sequence_rows(observations), 1, source)
+    last = torch.arange(count).unsqueeze(0)
+    traced = trace(history.particles, history.ancestors, last)
+    drawn = simulate_back(model, history, last, source)
     exact = kalman_smoother(model, observations)
-    return lines[0], lines[1], exact.mean[0, :, 0], exact.covariance[0, :, 0, 0].sqrt()
+    return traced[0, ..., 0], drawn[0, ..., 0], exact.mean[0, :, 0], exact.covariance[0, :, 0, 0].sqrt()
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -210,41 +195,46 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(mean, color="0.45", linewidth=1.0, linestyle="--")
             for line in lines:
                 axes.plot(line, color="C0", linewidth=0.7, alpha=0.6)
-            axes.set(xlabel="time", title=f"{title};\ngrey: exact mean ± 2 deviations", ylim=(-5.0, 5.0))
-        draw_bias(rows, bias_axes)
+            axes.set(xlabel="time", title=f"{title};\ngrey: exact mean ± 2 deviations", ylim=(-3.5, 3.5))
+        draw_bias([row for row in rows if row["study"] == "bias"], bias_axes)
+        learning = [row for row in rows if row["study"] == "learning"]
         for index, name in enumerate(SETTINGS):
-            points = [row for row in rows if row["study"] == "learning" and row["method"] == name]
+            points = [row for row in learning if row["method"] == name]
             steps = sorted({row["step"] for row in points})
-            means = [average([row["coefficient"] for row in points if row["step"] == step]) for step in steps]
+            means = [average(row["coefficient"] for row in points if row["step"] == step) for step in steps]
             learning_axes.plot(steps, means, color=f"C{index}", linewidth=1.2, label=name)
-            best = points[0]["best"]
+        best = learning[0]["best"]
         learning_axes.axhline(best, color="0.3", linewidth=0.8, linestyle=":", label="maximum likelihood")
-        learning_axes.set(xlabel="step of score ascent", ylabel="coefficient", ylim=(best - 0.08, best + 0.02))
-        learning_axes.set_title("learning a coefficient")
-        learning_axes.legend(frameon=False, fontsize=7.5)
+        learning_axes.set(xlabel="step of score ascent", title="learned coefficient", ylim=(START, best + 0.04))
+        learning_axes.legend(frameon=False, fontsize=7.5, loc="lower right")
 
 
 def draw_bias(rows: Sequence[Mapping[str, Any]], axes: Any) -> None:
     """|bias| of each sweep with two standard errors over all seeds, and that of PaRIS by its particles."""
-    bias = [row for row in rows if row["study"] == "bias"]
-    seeds = len({row["seed"] for row in bias})
-    sweeps = range(1, SWEEPS + 1)
-    values, errors = [], []
+    floor, seeds = 0.05, len({row["seed"] for row in rows})
+    values, below, above = [], [], []
     for sweep in range(SWEEPS):
-        chosen = [row for row in bias if row["method"] == "PPG" and row["sweep"] == sweep]
-        values.append(abs(average([row["bias"] for row in chosen])))
-        errors.append(2 * average([row["error"] ** 2 for row in chosen]) ** 0.5 / seeds**0.5)
-    low = [max(value - error, 1e-3) for value, error in zip(values, errors)]
-    axes.fill_between(sweeps, low, [v + e for v, e in zip(values, errors)], color="C2", alpha=0.25, linewidth=0)
-    axes.semilogy(sweeps, values, "o-", color="C2", label=f"PPG, N = {PARTICLES}, by sweep")
-    for index, count in enumerate(BUDGETS):
-        value = abs(average([row["bias"] for row in bias if row.get("particles") == count]))
-        axes.axhline(value, color="C0", linewidth=1.0, alpha=1.0 - 0.22 * index)
-        axes.text(SWEEPS + 0.1, value, f"N = {count}", color="C0", fontsize=7.5, va="center")
-    axes.plot([], [], color="C0", label="PaRIS")
-    axes.set(xlabel="sweep", title="|bias| of E[Σ x x' | y]", ylim=(0.03, 60.0), xlim=(0.7, SWEEPS + 1.6))
+        chosen = [row for row in rows if row.get("sweep") == sweep]
+        value = abs(average(row["bias"] for row in chosen))
+        error = 2 * average(row["error"] ** 2 for row in chosen) ** 0.5 / seeds**0.5
+        values.append(value)
+        below.append(value - max(value - error, floor))
+        above.append(error)
+    axes.errorbar(
+        range(1, SWEEPS + 1), values, yerr=(below, above), fmt="o-", color="C2", capsize=3, linewidth=1.2,
+        label=f"PPG, N = {PARTICLES}, by sweep, ± 2 errors",
+    )  # fmt: skip
+    for count in BUDGETS:
+        value = abs(average(row["bias"] for row in rows if row.get("particles") == count))
+        axes.plot([0.7, SWEEPS + 0.4], [value, value], color="C0", linewidth=0.9)
+        axes.text(SWEEPS + 0.5, value, f"N = {count}", color="C0", fontsize=7.5, va="center")
+    axes.plot([], [], color="C0", linewidth=0.9, label="PaRIS, by particles")
+    axes.set(xlabel="sweep", title="|bias| of the estimate of E[Σ x x' | y]", yscale="log", ylim=(floor, 80.0))
+    axes.set_xlim(0.6, SWEEPS + 2.6)
     axes.legend(frameon=False, fontsize=7.5)
 
 
-def average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def average(values: Iterable[float]) -> float:
+    """The mean of numbers."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
