@@ -261,22 +261,14 @@ def gaussian(
         """Precision times mean, and the precision."""
         if part == "mean":
             return theta, torch.linalg.inv(covariance_known)
-        upper = torch.zeros(d, d, dtype=theta.dtype).index_put((rows, columns), theta[-len(rows) :] / factor)
-        precision = upper + upper.T - torch.diag(upper.diagonal())
+        precision = _symmetric(d, theta[-len(rows) :] / factor)
         return (theta[:d] if part == "both" else theta.new_zeros(d)), precision
 
     def solve(mean: Tensor) -> Tensor:
         if part == "mean":
             return torch.linalg.solve(covariance_known, mean)
-        second = torch.zeros(d, d, dtype=torch.float64)
-        second[rows, columns] = mean[-len(rows) :]
-        second = second + second.T - torch.diag(second.diagonal())
         centre = mean[:d] if part == "both" else torch.zeros(d).double()
-        covariance = second - torch.outer(centre, centre)
-        values = torch.linalg.eigvalsh(covariance)
-        if not float(values[0]) > 1e-12 * float(values[-1]):
-            raise DataError("the maximum-likelihood fit does not exist: the covariance is singular, drop a feature")
-        precision = torch.linalg.inv(covariance)
+        precision = _inverted(_symmetric(d, mean[-len(rows) :].double()) - torch.outer(centre, centre))
         theta = factor * precision[rows, columns]
         return torch.cat([precision @ centre, theta]) if part == "both" else theta
 
@@ -299,6 +291,21 @@ def gaussian(
 
     finite_from = {"mean": 1.0, "covariance": d + 2.0, "both": d + 3.0}[part]
     return Family("gaussian", statistics, solve, sample, psi, log_base, finite_from)
+
+
+def _symmetric(d: int, upper: Tensor) -> Tensor:
+    """The symmetric matrix [d, d] with these entries [d (d + 1) / 2] on and above its diagonal."""
+    rows, columns = torch.triu_indices(d, d)
+    filled = torch.zeros(d, d, dtype=upper.dtype).index_put((rows, columns), upper)
+    return filled + filled.T - torch.diag(filled.diagonal())
+
+
+def _inverted(covariance: Tensor) -> Tensor:
+    """The precision of a covariance. Raises DataError for one that is singular."""
+    values = torch.linalg.eigvalsh(covariance)
+    if not float(values[0]) > 1e-12 * float(values[-1]):
+        raise DataError("the maximum-likelihood fit does not exist: the covariance is singular, drop a feature")
+    return torch.linalg.inv(covariance)
 
 
 def _sobol_normal(count: int, d: int, generator: torch.Generator) -> Tensor:

@@ -37,11 +37,14 @@ def _half_square(means, points, chain, source, row):
 
 @njit(cache=True)
 def fill_guide(cumulative, guide):
-    """guide[k]: the first index whose cumulative weight exceeds k / N of the total, where a search may begin."""
+    """guide[k]: the first index whose cumulative weight exceeds k / N of the total, where a search may begin.
+
+    A little less than k / N, so that rounding never lets a search begin too late.
+    """
     size = len(cumulative)
-    index = 0
+    total, index = cumulative[size - 1] * (1.0 - 1e-15), 0
     for k in range(size):
-        bound = k / size * cumulative[size - 1]
+        bound = k / size * total
         while index < size - 1 and cumulative[index] <= bound:
             index += 1
         guide[k] = index
@@ -49,12 +52,11 @@ def fill_guide(cumulative, guide):
 
 @njit(cache=True, inline="always")
 def search(cumulative, guide, number):
+    """The first index whose cumulative weight exceeds a share `number` in [0, 1) of the total."""
     size = len(cumulative)
     target = number * cumulative[size - 1]
     index = guide[min(int(number * size), size - 1)]
-    while index > 0 and cumulative[index - 1] > target:
-        index -= 1
-    while index < size - 1 and cumulative[index] <= target:
+    while cumulative[index] <= target and index < size - 1:
         index += 1
     return index
 
@@ -107,26 +109,26 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
     guide, buffer = np.empty(size, np.int64), np.empty(size)
     stride = 2 * max_tries + 1
     for chain in range(chains):
-        weights, seed = cumulative[chain], seeds[chain]
+        weights, mean, seed, proposed, kept = cumulative[chain], means[chain], seeds[chain], 0, 0
         fill_guide(weights, guide)
         for row in range(rows):
-            filled = False
+            point, filled = points[chain, row], False
             for draw in range(draws):
                 counter = (row * draws + draw) * stride
                 accepted = False
                 # A row whose weights have once been summed goes on with them.
                 for _ in range(0 if filled else max_tries):
                     index = search(weights, guide, _counted(seed, counter))
-                    half = _half_square(means, points, chain, index, row)
                     coin = _counted(seed, counter + 1)
                     counter += 2
-                    tries[chain] += 1
-                    # The exponential is needed only between two bounds of it.
-                    if coin >= 1.0 / (1.0 + half):
-                        continue
-                    if coin < 1.0 - half or coin < np.exp(-half):
+                    proposed += 1
+                    total = 0.0
+                    for k in range(mean.shape[1]):
+                        difference = mean[index, k] - point[k]
+                        total += difference * difference
+                    if coin < np.exp(-0.5 * total):
                         out[chain, row, draw] = index
-                        accepts[chain] += 1
+                        kept += 1
                         accepted = True
                         break
                 if not accepted:
@@ -137,4 +139,5 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
                         return False
                     last = (row * draws + draw) * stride + 2 * max_tries
                     out[chain, row, draw] = _draw_row(buffer, _counted(seed, last))
+        tries[chain], accepts[chain] = proposed, kept
     return True

@@ -194,7 +194,8 @@ def first_particles(
     if proposal is not None:
         weights = weights + model.log_init(x) - proposal.log_init(x, row)
     log_weights, log_total, effective = normalised(weights, 0, smoother.compiled)
-    return Moved(x, log_weights, torch.arange(size, device=x.device).expand(chains, -1), log_total - math.log(size), effective)
+    themselves = torch.arange(size, device=x.device).expand(chains, -1)
+    return Moved(x, log_weights, themselves, log_total - math.log(size), effective)
 
 
 def move(
