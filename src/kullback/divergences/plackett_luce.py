@@ -1,0 +1,336 @@
+r"""Plackett-Luce rankings: their likelihood, samples, and losses that weight every pick of a ranking.
+
+Scores s [..., V] are log-worths. A ranking picks pi_1, pi_2, ... one after the other, each among what is left:
+
+    P(pi | s) = prod_k exp(s_{pi_k}) / Z_k,    Z_k = sum of exp(s_l) over the classes l not yet picked,
+    L(s) = sum_k alpha_k (log Z_k - s_{pi_k}),    dL/ds_i = exp(s_i) sum_{k <= pos(i)} alpha_k / Z_k - alpha_{pos(i)}.
+
+alpha = (1, 0, 0, ...) is cross-entropy with pi_1 as the label and alpha = 1 is ListMLE. PLD takes as pi the label and
+then the other classes as the teacher orders them, and as alpha_k the teacher's probability of the class picked. L is
+convex in s and blind to s + c. Its minimiser is a ranking with growing gaps, not the teacher's distribution.
+Source: arXiv 2506.12542, section 3.
+
+Shapes: scores and logits [..., V]; a ranking [..., K], K <= V picks (whatever is not picked stays in every Z_k).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.reduce import masked_mean, masked_sum
+from kullback.divergences._ranking import check_labels, check_logits, label_first
+
+__all__ = [
+    "RankWeights", "Ranking", "listmle_loss", "listwise_loss", "pl_log_prob", "pl_sample", "pl_tied_log_prob",
+    "pl_topk_log_prob", "pld_loss", "rank_weights", "ranking_of", "teacher_optimal_permutation",
+]  # fmt: skip
+
+RankWeights = Literal["teacher", "uniform", "ce", "position", "position_teacher"]
+Reduction = Literal["mean", "sum", "none"]
+_RANGE = 60.0  # log-worths this far apart have sums and quotients that float32 holds
+_BLOCK = 2**17  # numbers a thread takes at a time on a CPU, so that what it holds stays in the cache
+
+
+class Ranking(NamedTuple):
+    """What a student is asked to reproduce: the classes picked [..., K], in order, and the weight [..., K] of each."""
+
+    order: Tensor
+    weights: Tensor
+
+
+# --- the weighted loss of a ranking and its closed gradient
+
+
+def _near(scores: Tensor, top: Tensor, order: Tensor, weights: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+    """Value and gradient from sums of worths, for rows whose scores lie within _RANGE of each other."""
+    worth = scores.sub(top).exp_()
+    picked = worth.gather(-1, order)
+    left = picked.flip(-1).cumsum_(-1).flip(-1)
+    if order.shape[-1] < scores.shape[-1]:
+        left += worth.scatter(-1, order, 0.0).sum(-1, keepdim=True)
+    value = (weights * (left / picked).log_()).sum(-1)
+    if not need:
+        return value, None
+    push = (weights / left).cumsum_(-1)
+    worth.mul_(push[..., -1:])
+    return value, worth.scatter_(-1, order, picked.mul_(push).sub_(weights))
+
+
+def _far(scores: Tensor, order: Tensor, weights: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+    """The same in log space, for any scores."""
+    picked = scores.gather(-1, order)
+    chain = picked.flip(-1)
+    if order.shape[-1] < scores.shape[-1]:
+        rest = scores.scatter(-1, order, -math.inf).logsumexp(-1, keepdim=True)
+        chain = torch.cat([rest, chain], -1)
+    left = chain.logcumsumexp(-1)[..., -order.shape[-1] :].flip(-1)
+    none = weights == 0
+    terms = (weights * (left - picked)).masked_fill(none, 0.0).masked_fill(~none & (picked == -math.inf), math.inf)
+    value = terms.sum(-1) + 0.0 * scores.amax(-1).nan_to_num(nan=math.nan, posinf=0.0, neginf=0.0)
+    if not need:
+        return value, None
+    push = (weights.log() - left).masked_fill(none | (left == -math.inf), -math.inf).logcumsumexp(-1)
+    whole = (scores + push[..., -1:]).exp_()
+    return value, whole.scatter_(-1, order, (picked + push).exp_().sub_(weights))
+
+
+def _evaluate(scores: Tensor, order: Tensor, weights: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+    """Value [N] and, if needed, gradient [N, V] of rows [N, V], on a CPU a block of rows at a time."""
+    if scores.device.type != "cpu":
+        return _far(scores, order.long(), weights, need)
+    value = scores.new_empty(len(scores))
+    gradient = torch.empty_like(scores, memory_format=torch.contiguous_format) if need else None
+    step = max(_BLOCK * torch.get_num_threads() // scores.shape[-1], 1)
+    for begin in range(0, len(scores), step):
+        rows = slice(begin, begin + step)
+        part, top = scores[rows], scores[rows].amax(-1, keepdim=True)
+        given = order[rows].long(), weights[rows].to(scores.dtype), need
+        near = bool(((top - part.amin(-1, keepdim=True)) <= _RANGE).all())
+        value[rows], slope = _near(part, top, *given) if near else _far(part, *given)
+        if gradient is not None and slope is not None:
+            gradient[rows] = slope
+    return value, gradient
+
+
+class _Listwise(torch.autograd.Function):
+    """The gradient is taken with the value, so that nothing but it is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+        value, gradient = _evaluate(scores.detach(), order, weights, ctx.needs_input_grad[0])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.unsqueeze(-1), None, None
+
+
+def listwise_loss(scores: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """sum_k weights_k (log Z_k - s_{order_k}) of scores [..., V], order [..., K] and constant weights [..., K]: [...].
+
+    order: different classes in 0..V-1, of any integer type; weights: nonnegative, broadcast against order. A pick with
+    weight 0 adds nothing; another whose score is -inf gives inf. Differentiable once, in scores. Halves are computed in
+    float32. O(K) beside a few passes over V. Raises ShapeError for shapes that do not belong together.
+
+    >>> order = torch.tensor([1, 0, 2])
+    >>> listwise_loss(torch.tensor([1.0, 2.0, 0.0]), order, torch.tensor([1.0, 0.0, 0.0]))
+    tensor(0.4076)
+    """
+    if scores.ndim == 0 or scores.shape[-1] == 0:
+        raise ShapeError(f"scores have shape [..., V] with at least one class, got {tuple(scores.shape)}")
+    if order.shape[:-1] != scores.shape[:-1] or not 1 <= order.shape[-1] <= scores.shape[-1]:
+        raise ShapeError(
+            f"a ranking has shape [..., K] with 1 <= K <= V for scores {tuple(scores.shape)}, got {tuple(order.shape)}"
+        )
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = weights.detach().to(scores.dtype).expand_as(order)
+    classes, picks = scores.shape[-1], order.shape[-1]
+    rows = scores.reshape(-1, classes), order.reshape(-1, picks), weights.reshape(-1, picks)
+    value: Tensor = _Listwise.apply(*rows)
+    return value.view(scores.shape[:-1])
+
+
+# --- the Plackett-Luce distribution
+
+
+def pl_log_prob(scores: Tensor, permutation: Tensor) -> Tensor:
+    """The log-probability [...] of whole rankings, permutation [..., V], under scores [..., V], in nats.
+
+    >>> pl_log_prob(torch.zeros(3), torch.tensor([2, 0, 1])).exp()
+    tensor(0.1667)
+    """
+    if permutation.shape != scores.shape:
+        raise ShapeError(
+            f"a whole ranking has the shape of its scores, {tuple(scores.shape)}, and this one has "
+            f"{tuple(permutation.shape)}: for its first picks alone take pl_topk_log_prob"
+        )
+    return pl_topk_log_prob(scores, permutation)
+
+
+def pl_topk_log_prob(scores: Tensor, picks: Tensor) -> Tensor:
+    """The log-probability [...] that a ranking under scores [..., V] begins with picks [..., K], in this order."""
+    return -listwise_loss(scores, picks, torch.ones((), device=scores.device))
+
+
+def pl_tied_log_prob(scores: Tensor, ranks: Tensor) -> Tensor:
+    """The log-likelihood [...] of a ranking with ties, in Breslow's form: one Z for all members of a tie.
+
+    ranks [..., V]: integers, the lowest is picked first, equal ones are tied; every tie counts, the last one too. For
+    classes that nobody ranked take `pl_topk_log_prob`.
+    Without ties this is `pl_log_prob` of the order of the ranks. Differentiable any number of times.
+    """
+    if ranks.shape != scores.shape or ranks.is_floating_point():
+        raise ShapeError(f"ranks are integers of the shape of the scores, {tuple(scores.shape)}")
+    level, order = ranks.sort(dim=-1, stable=True)
+    picked = scores.gather(-1, order)
+    left = picked.flip(-1).logcumsumexp(-1).flip(-1)
+    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    begins = torch.ones_like(level, dtype=torch.bool)
+    begins[..., 1:] = level[..., 1:] != level[..., :-1]
+    first = place.masked_fill(~begins, 0).cummax(-1).values
+    return (picked - left.gather(-1, first)).sum(-1)
+
+
+def pl_sample(scores: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n rankings [n, ..., V] of scores [..., V]: the order of the scores with Gumbel noise added.
+
+    >>> pl_sample(torch.tensor([0.0, 50.0, 100.0]), 1, torch.Generator().manual_seed(0))
+    tensor([[2, 1, 0]])
+    """
+    if n < 1:
+        raise ConfigError(f"n counts the rankings that are drawn and must be at least 1, got {n}")
+    wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    noise = torch.empty(n, *wide.shape, dtype=wide.dtype, device=wide.device).exponential_(generator=generator)
+    return (wide - noise.log()).argsort(-1, descending=True)
+
+
+# --- the teacher's ranking and its weights
+
+
+def teacher_optimal_permutation(teacher_logits: Tensor, labels: Tensor, topk: int | None = None) -> Tensor:
+    """The label first, then the other classes by falling teacher logit, ties by index: int64 [..., V].
+
+    teacher_logits [..., V], labels [...]. topk: only the first so many. Raises ShapeError for shapes that do not match,
+    DataError for labels outside 0..V-1 and for logits that are NaN or +inf, ConfigError for topk out of range.
+
+    >>> teacher_optimal_permutation(torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.tensor(1))
+    tensor([1, 0, 2, 3])
+    """
+    check_logits(teacher_logits, labels)
+    check_labels(labels, teacher_logits.shape[-1])
+    return label_first(teacher_logits.detach(), labels, topk)
+
+
+def rank_weights(log_q: Tensor, order: Tensor, kind: RankWeights | Tensor) -> Tensor:
+    """The weight [..., K] of every pick; log_q [..., V] are the teacher's log-probabilities.
+
+    "teacher": q of the class picked; "uniform": 1 / V; "ce": the first pick alone; "position": proportional to
+    2^(V-k) - 1; "position_teacher": q_k over the q that is left at pick k, a reading of the paper's unclear ablation; a
+    tensor: nonnegative weights by rank, [V] or [..., K]. Raises ConfigError for an unknown name, DataError for negative
+    weights, ShapeError for too few or too many.
+    """
+    classes, picks = log_q.shape[-1], order.shape[-1]
+    if isinstance(kind, Tensor):
+        if kind.shape[-1] not in (picks, classes):
+            raise ShapeError(f"weights by rank have {picks} or {classes} entries, got {kind.shape[-1]}")
+        if not bool((kind >= 0).all()):
+            raise DataError("weights by rank are nonnegative numbers: a negative one would reward a wrong pick")
+        return kind.detach()[..., :picks].to(log_q).expand_as(order)
+    if kind == "teacher":
+        return log_q.gather(-1, order).exp()
+    if kind == "position_teacher":
+        return _share_of_the_rest(log_q, order)
+    rank = torch.arange(1, picks + 1, device=log_q.device, dtype=torch.float64)
+    if kind == "uniform":
+        fixed = torch.full_like(rank, 1.0 / classes)
+    elif kind == "ce":
+        fixed = (rank == 1).double()
+    elif kind == "position":
+        # divided by 2^V, which no float holds for a vocabulary; a lone class keeps its weight
+        fixed = torch.exp2(-rank) - 2.0**-classes if classes > 1 else torch.ones_like(rank)
+        fixed = fixed / (1.0 - (classes + 1) * 2.0**-classes if classes > 1 else 1.0)
+    else:
+        raise ConfigError(f"weights are teacher, uniform, ce, position, position_teacher or a tensor, not {kind!r}")
+    return fixed.to(log_q.dtype).expand_as(order)
+
+
+def _share_of_the_rest(log_q: Tensor, order: Tensor) -> Tensor:
+    picked = log_q.gather(-1, order)
+    chain = torch.cat([log_q.scatter(-1, order, -math.inf).logsumexp(-1, keepdim=True), picked.flip(-1)], -1)
+    left = chain.logcumsumexp(-1)[..., 1:].flip(-1)
+    return (picked - left).nan_to_num(nan=-math.inf, neginf=-math.inf).exp()
+
+
+def ranking_of(
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    weights: RankWeights | Tensor = "teacher",
+    topk: int | None = None,
+) -> Ranking:
+    """The teacher's ranking of every row, to be kept and used again: `listwise_loss(student_logits, *ranking)`.
+
+    Options as in `pld_loss`. order is int16 or int32 where that holds every class.
+    """
+    if not temperature > 0.0:
+        raise ConfigError(f"temperature must be positive and is {temperature}")
+    order = teacher_optimal_permutation(teacher_logits, labels, topk)
+    teacher = teacher_logits.detach().to(torch.promote_types(teacher_logits.dtype, torch.float32))
+    log_q = torch.log_softmax(teacher if temperature == 1.0 else teacher / temperature, -1)
+    small = torch.int16 if teacher.shape[-1] <= 2**15 else torch.int32
+    return Ranking(order.to(small), rank_weights(log_q, order, weights))
+
+
+# --- losses
+
+
+def pld_loss(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    weights: RankWeights | Tensor = "teacher",
+    topk: int | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """The weighted Plackett-Luce loss of the teacher's ranking: a scalar, or [...] with reduction="none".
+
+    teacher_logits and student_logits [..., V], labels [...]: classes, tokens to come, or the relevant document of a
+    list. It contains the label's term; do not add cross-entropy. temperature: of the teacher's weights alone, never
+    of the student; weights: as in `rank_weights`; topk: the first so many picks, the label among them, with all other
+    classes left in every denominator (for vocabularies, where a full sort is the cost). ignore_index: rows that do not
+    count; count: what the sum is divided by instead of the rows kept. -inf as a student logit gives inf where that
+    class has weight, and a class with -inf on both sides is out of the list. Raises ShapeError, DataError (NaN teacher,
+    label out of range) or ConfigError.
+
+    >>> t, s = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    >>> pld_loss(t, s, torch.tensor([1]))
+    tensor(0.9193)
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError(f'reduction is "mean", "sum" or "none", not {reduction!r}')
+    if teacher_logits.shape != student_logits.shape:
+        raise ShapeError(
+            f"teacher logits have shape {tuple(teacher_logits.shape)} and student logits {tuple(student_logits.shape)}:"
+            " both must have the same rows and classes, so cut the padded vocabulary to the shared one"
+        )
+    check_logits(teacher_logits, labels)
+    kept = labels != ignore_index
+    whole = bool(kept.all())
+    if whole:
+        teacher, student, own = teacher_logits, student_logits, labels
+    else:
+        teacher, student, own = teacher_logits[kept], student_logits[kept], labels[kept]
+        if isinstance(weights, Tensor) and weights.ndim > 1:
+            weights = weights[kept]
+    ranking = ranking_of(teacher, own, temperature=temperature, weights=weights, topk=topk)
+    if isinstance(weights, Tensor) or weights != "teacher":  # the teacher's are 0 for -inf as they come
+        picks = ranking.order.long()
+        absent = torch.isneginf(teacher.gather(-1, picks)) & torch.isneginf(student.detach().gather(-1, picks))
+        ranking = ranking._replace(weights=ranking.weights.masked_fill(absent, 0.0))
+    values = listwise_loss(student, *ranking)
+    if reduction == "none":
+        return values if whole else values.new_zeros(labels.shape).masked_scatter(kept, values)
+    return masked_sum(values) if reduction == "sum" else masked_mean(values, count=count)
+
+
+def listmle_loss(
+    teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """ListMLE: the negative log-likelihood of the whole ranking of `teacher_optimal_permutation`, all weights 1."""
+    ones = torch.ones(teacher_logits.shape[-1], device=teacher_logits.device)
+    return pld_loss(teacher_logits, student_logits, labels, weights=ones, reduction=reduction)
