@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a claim was not met, 2 usage or bad input (one line on sta
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -34,6 +35,9 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main() -> NoReturn:
     """Run the command line on the arguments of the process, and exit with its code."""
+    # Threads that wait for each other sleep: spinning, they take the very core that the other waits for wherever
+    # anything else runs beside them, and a step can take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(execute())
 
 

@@ -50,6 +50,7 @@ class BayesMixture(Parameters):
         if prior.ndim != 1 or not len(prior) or abs(float(prior.logsumexp(0))) > 1e-6:
             raise DataError(f"log_prior [K] is of masses that sum to one, got {tuple(prior.shape)} or another sum")
         self._columns: Tensor | None = None
+        self._linear: Tensor | None = None
         if isinstance(self.log_likelihood, Tensor):
             table = self.log_likelihood
             if table.ndim != 3 or len(table) != len(prior):
@@ -134,7 +135,19 @@ class BayesMixture(Parameters):
             return (posterior[:, None, None] + self._of(x)).logsumexp(0)
         inputs, _ = self._indices(x)
         chosen, back = torch.unique(inputs, return_inverse=True)
-        return (self._columns[chosen] + posterior).logsumexp(2)[back]
+        # a product of probabilities, ten times quicker than log-sums; these where it underflows
+        size = (len(chosen), self._columns.shape[1])
+        found = (self._likelihoods()[chosen].flatten(0, 1) @ posterior.exp()).view(size).log()
+        for row in (found < -600.0).any(1).nonzero().flatten().tolist():
+            found[row] = (self._columns[chosen[row]] + posterior).logsumexp(1)
+        return found[back]
+
+    def _likelihoods(self) -> Tensor:
+        if self._linear is None and self._columns is not None:
+            self._linear = self._columns.exp()
+        if self._linear is None:
+            raise ConfigError("inputs are indices only where the likelihood is a tensor")
+        return self._linear
 
     def predict_proba(self, x: Any) -> Tensor:
         """Q(y | x, seen) for inputs [B], to [B, Y]."""

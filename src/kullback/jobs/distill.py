@@ -82,7 +82,8 @@ class DistillConfig:
 def embedded() -> DistillConfig:
     """The job that runs when nothing is named: the embedded teacher and student on the standard library's prose."""
     return DistillConfig(
-        training=TrainingConfig(steps=150, batch=16, learning_rate=3e-3, evaluate_every=25, save_every=50),
+        data=TextConfig(validation_blocks=64),
+        training=TrainingConfig(steps=150, batch=16, learning_rate=3e-3, evaluate_every=50, save_every=50),
         seeds=(0, 1, 2),
         baseline=True,
     )

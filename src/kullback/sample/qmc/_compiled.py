@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-__all__ = ["fill_additive", "scramble_nested"]
+__all__ = ["fill_additive", "interlace", "linear_scramble", "scramble_nested"]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -56,7 +56,9 @@ def _low_table(columns, depth, xor):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def fill_additive(out, columns, shift, first, gray, xor, drop, scale):
-    """out [R, n, d]: point i combines, by XOR or addition modulo 2^63, the columns [R, m, d] of i's digits and shift.
+    """out [R, n, d]: point i combines, by XOR or addition modulo 2^63, shift and the columns of i's digits.
+
+    columns: [R, m, d], or [1, m, d] where all replications have the same.
 
     What is written is (v >> drop) * scale. gray: i is replaced by its Gray code.
     """
@@ -69,7 +71,8 @@ def fill_additive(out, columns, shift, first, gray, xor, drop, scale):
     copies = max(1, 256 // dimensions)
     tile = np.empty(copies * dimensions, dtype=np.int64)
     for r in range(replications):
-        table = _low_table(columns[r], depth, xor)
+        own = columns[r if columns.shape[0] > 1 else 0]
+        table = _low_table(own, depth, xor)
         tables = np.empty((2, size * dimensions), dtype=np.int64)
         for i in range(size):
             code = i ^ (i >> 1) if gray else i
@@ -89,7 +92,7 @@ def fill_additive(out, columns, shift, first, gray, xor, drop, scale):
                 rest, k = code, depth
                 while rest:
                     if rest & 1:
-                        value = value ^ columns[r, k, j] if xor else (value + columns[r, k, j]) & MASK
+                        value = value ^ own[k, j] if xor else (value + own[k, j]) & MASK
                     rest >>= 1
                     k += 1
                 for c in range(copies):
@@ -156,3 +159,47 @@ def _scramble_nested(bits, keys, width, digits):
 def scramble_nested(bits, keys, width, digits):
     """Nested uniform scrambling of bits [R, n, d] by keys [R, d], in place; the twin is `bits.scramble_nested`."""
     _scramble_nested(bits.view(np.uint64), keys.view(np.uint64), width, digits)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _spread(word):
+    """The 32 lower digits of a word moved to its even places."""
+    word = (word | (word << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+    word = (word | (word << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+    word = (word | (word << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    word = (word | (word << np.uint64(2))) & np.uint64(0x3333333333333333)
+    return (word | (word << np.uint64(1))) & np.uint64(0x5555555555555555)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def interlace(bits, result, alpha, width, result_width):
+    """result [R, n, d] from bits [R, n, alpha d]; the twin is `bits.interlace`."""
+    count = min(alpha * width, result_width)
+    for r in range(result.shape[0]):
+        for i in range(result.shape[1]):
+            for j in range(result.shape[2]):
+                if alpha == 2 and width == 63 and result_width == 63:
+                    first, second = np.uint64(bits[r, i, 2 * j]), np.uint64(bits[r, i, 2 * j + 1])
+                    both = (_spread(first >> np.uint64(31)) << ONE) | _spread(second >> np.uint64(31))
+                    result[r, i, j] = np.int64(both >> ONE)
+                    continue
+                woven, taken = np.int64(0), 0
+                for k in range(width - 1, -1, -1):
+                    for part in range(alpha):
+                        if taken < count:
+                            woven = (woven << 1) | ((bits[r, i, j * alpha + part] >> k) & 1)
+                            taken += 1
+                result[r, i, j] = woven << (result_width - count)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def linear_scramble(matrices, scrambler, result):
+    """result [R, d, m] = L g for columns g [d, m] and the columns of L [R, d, digits]; the twin is in `nets`."""
+    digits = scrambler.shape[2]
+    for r in range(result.shape[0]):
+        for j in range(result.shape[1]):
+            for k in range(result.shape[2]):
+                column, value = matrices[j, k], np.int64(0)
+                for place in range(digits):
+                    value ^= -((column >> (digits - 1 - place)) & 1) & scrambler[r, j, place]
+                result[r, j, k] = value

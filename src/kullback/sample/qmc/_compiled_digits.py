@@ -13,6 +13,7 @@ from kullback.sample.qmc._compiled import GOLDEN, _mix
 
 __all__ = ["fill_digits", "fill_nested_digits"]
 
+FACTORIALS = np.array([1.0, 1.0, 2.0, 6.0, 24.0, 120.0, 720.0, 5040.0])
 SEPARABLE, TABULATED, DIRECT = 0, 1, 2
 GROUP = 128  # dimensions whose tables are held at once
 CHUNK = 512  # rows, so that a chunk of points stays in the cache
@@ -164,7 +165,7 @@ def _index_digits(last, base):
 def _plan(columns, base, kept, used, count):
     """The mode of a dimension, the depth and size of its low part, and how many numbers it keeps."""
     if _is_separable(columns, used, kept):
-        depth, size = _low_depth(base, 2048 if count >= 2048 else 64)
+        depth, size = _low_depth(base, min(2048, max(64, count // 2)))
         return SEPARABLE, depth, size, size
     depth, size = _low_depth(base, 256)
     if kept * base * size <= 40000 and count >= base * size:
@@ -193,7 +194,8 @@ def _fill_group(out, columns, bases, counts, table, first):
         _lay_out(low[place : place + length], mode, columns[j], table[start:], bases[j], counts[j], depth, size, used)
         _start(first // size, state[j], high[j], columns[j], bases[j], counts[j], depth, used)
     accumulator = np.empty(CHUNK, dtype=np.int64)
-    buffer = np.empty((dimensions, CHUNK))
+    # a pitch that is no power of 2, or a row of the buffer would fall on few lines of the cache
+    buffer = np.empty((dimensions, CHUNK + 8))
     for begin in range(first, first + count, CHUNK):
         for j in range(dimensions):
             mode, depth, size, used, place, start, length = plan[j]
@@ -231,48 +233,64 @@ def fill_digits(out, columns, bases, counts, tables, first):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _nested_digit(prefix, digit, level_key, base):
-    node = _mix(np.uint64(prefix) * GOLDEN + level_key)
-    own = np.int64(_mix(node + np.uint64(digit + 1) * GOLDEN))
-    rank = 0
-    word = node
-    for _ in range(base):
-        word = word + GOLDEN
-        rank += 1 if np.int64(_mix(word)) < own else 0
-    return rank
+def _nested_value(digits, level_keys, weights, base, count, permutations):
+    """The sum of the scrambled digits of one dimension, each times its weight."""
+    value, prefix = np.int64(0), np.uint64(0)
+    step = np.uint64(base)
+    if base <= 7:
+        choices = FACTORIALS[base]
+        for k in range(count):
+            node = _mix(prefix * GOLDEN + level_keys[k])
+            which = np.int64(np.float64(node >> np.uint64(11)) * 2.0**-53 * choices)
+            value += weights[k] * permutations[which * base + digits[k]]
+            prefix = prefix * step + np.uint64(digits[k])
+        return value
+    for k in range(count):
+        word = _mix(prefix * GOLDEN + level_keys[k])
+        own = np.int64(_mix(word + np.uint64(digits[k] + 1) * GOLDEN))
+        rank = 0
+        for _ in range(base):
+            word = word + GOLDEN
+            rank += 1 if np.int64(_mix(word)) < own else 0
+        value += weights[k] * rank
+        prefix = prefix * step + np.uint64(digits[k])
+    return value
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _fill_nested(out, columns, bases, counts, keys, alpha, first):
-    """out [n, d] of one replication."""
-    count, dimensions = out.shape
-    inputs = dimensions * alpha
-    used = np.empty(inputs, dtype=np.int64)
-    state = np.zeros((inputs, columns.shape[1] + 1), dtype=np.int64)
-    digits = np.zeros((inputs, 64), dtype=np.int64)
-    level_keys = np.empty((inputs, 64), dtype=np.uint64)
-    for j in range(inputs):
-        used[j] = min(columns.shape[1], _index_digits(first + count - 1, bases[j]))
-        _start(first, state[j], digits[j], columns[j], bases[j], counts[j], 0, used[j])
-        for k in range(counts[j]):
-            level_keys[j, k] = _mix(np.uint64(keys[j]) + np.uint64(k + 1) * GOLDEN)
-    for i in range(count):
-        for output in range(dimensions):
-            base, kept = bases[output * alpha], counts[output * alpha]
-            value = 0
-            for part in range(alpha):
-                j = output * alpha + part
-                prefix, weight = 0, base ** (kept - 1 - part)
-                for k in range((kept - part + alpha - 1) // alpha):
-                    value += weight * _nested_digit(prefix, digits[j, k], level_keys[j, k], base)
-                    prefix = prefix * base + digits[j, k]
-                    weight //= base**alpha
-                _advance(state[j], digits[j], columns[j], base, kept, 0, used[j])
-            out[i, output] = value / np.float64(base) ** kept
+def _fill_nested(out, columns, bases, counts, keys, tables, starts, alpha, first):
+    """out [n, d] of one replication, one input dimension after the other."""
+    count = out.shape[0]
+    state = np.zeros(columns.shape[1] + 1, dtype=np.int64)
+    digits = np.zeros(64, dtype=np.int64)
+    level_keys = np.empty(64, dtype=np.uint64)
+    weights = np.zeros(64, dtype=np.int64)
+    values = np.empty(count, dtype=np.int64)
+    for j in range(columns.shape[0]):
+        base, kept, part = bases[j], counts[j], j % alpha
+        used = min(columns.shape[1], _index_digits(first + count - 1, base))
+        own = (kept - part + alpha - 1) // alpha
+        for k in range(own):
+            level_keys[k] = _mix(np.uint64(keys[j]) + np.uint64(k + 1) * GOLDEN)
+            weights[k] = base ** (kept - 1 - part - k * alpha)
+        _start(first, state, digits, columns[j], base, kept, 0, used)
+        if part == 0:
+            values[:] = 0
+        permutations = tables[starts[j] :]
+        for i in range(count):
+            values[i] += _nested_value(digits, level_keys, weights, base, own, permutations)
+            _advance(state, digits, columns[j], base, kept, 0, used)
+        if part == alpha - 1:
+            divisor = np.float64(base) ** kept
+            for i in range(count):
+                out[i, j // alpha] = values[i] / divisor
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def fill_nested_digits(out, columns, bases, counts, keys, alpha, first):
-    """out [R, n, d] from columns [1, alpha d, m, t] and keys [R, alpha d], under nested uniform scrambling."""
+def fill_nested_digits(out, columns, bases, counts, keys, tables, starts, alpha, first):
+    """out [R, n, d] from columns [1, alpha d, m, t] and keys [R, alpha d], under nested uniform scrambling.
+
+    tables: all permutations of the digits of each dimension, from `starts` [alpha d] on, for bases up to 7.
+    """
     for r in range(out.shape[0]):
-        _fill_nested(out[r], columns[0], bases, counts, keys[r], alpha, first)
+        _fill_nested(out[r], columns[0], bases, counts, keys[r], tables, starts, alpha, first)

@@ -110,6 +110,11 @@ def interlace(bits: Tensor, alpha: int, width: int, result_width: int) -> Tensor
     >>> interlace(torch.tensor([0b11, 0b00]), 2, 2, 4).item() == 0b1010
     True
     """
+    kernels = compiled(bits)
+    if kernels is not None and bits.ndim == 3:
+        woven = torch.empty(*bits.shape[:-1], bits.shape[-1] // alpha, dtype=torch.int64)
+        kernels.interlace(bits.contiguous().numpy(), woven.numpy(), alpha, width, result_width)
+        return woven
     groups = bits.unflatten(-1, (-1, alpha))
     result = torch.zeros_like(groups[..., 0])
     for place in range(min(alpha * width, result_width)):

@@ -6,15 +6,17 @@ hold pi_jk(y) b^(t-k) for each dimension, digit and value; they stand for shifts
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kullback.core.errors import ConfigError
-from kullback.sample.qmc.bits import GOLDEN, compiled, empty, mix
+from kullback.sample.qmc.bits import GOLDEN, compiled, empty, mix, to_unit
 from kullback.sample.qmc.point_set import Kind
 
 __all__ = ["DigitSource", "digit_count", "index_digits", "matrix_scramble", "nested_digits", "place_values", "weave"]
@@ -49,12 +51,9 @@ def matrix_scramble(columns: Tensor, bases: Tensor, count: int, generator: torch
     below = (uniform * base).to(torch.int64).tril(-1)
     diagonal = 1 + (uniform.diagonal(dim1=-2, dim2=-1) * (bases[:, None] - 1)).to(torch.int64)
     scrambler = below + torch.diag_embed(diagonal)
-    # sums of at most 53 products below 2^53 / 53: reduced a digit at a time, so that no base overflows
-    result = torch.zeros(count, *columns.shape, dtype=torch.int64)
-    for k in range(digits):
-        result += scrambler[:, :, None, :, k] * columns[None, :, :, k, None]
-        result %= base
-    return result
+    # sums of at most 53 products of digits are exact in double precision for bases up to 2^23
+    product = columns.to(torch.float64) @ scrambler.to(torch.float64).mT
+    return product.to(torch.int64) % base
 
 
 def weave(digits: Tensor, alpha: int, count: int) -> Tensor:
@@ -66,19 +65,32 @@ def weave(digits: Tensor, alpha: int, count: int) -> Tensor:
 def nested_digits(digits: Tensor, key: Tensor, base: int) -> Tensor:
     """Owen's nested uniform scrambling of digits [n, t] in a base, by one key: each node permutes its digit.
 
-    The permutation of a node sends y to the rank of its hash among those of all digits at that node.
+    Up to base 7 the hash of a node picks one of all permutations; beyond, it sends y to the rank of a further hash
+    among those of all digits at that node.
     """
     count = digits.shape[1]
     result = torch.empty_like(digits)
     prefix = torch.zeros_like(digits[:, 0])
     values = torch.arange(base, device=digits.device)
+    table = permutations_of(base).to(digits.device)
     for k in range(count):
         node = mix(prefix * GOLDEN + mix(key + torch.full_like(key, k + 1) * GOLDEN))
-        scores = mix(node.unsqueeze(-1) + (values + 1) * GOLDEN)
-        own = scores.gather(-1, digits[:, k : k + 1])
-        result[:, k] = (scores < own).sum(-1)
+        if len(table):
+            which = (to_unit(node >> 1 & ((1 << 63) - 1)) * len(table)).to(torch.int64)
+            result[:, k] = table[which, digits[:, k]]
+        else:
+            scores = mix(node.unsqueeze(-1) + (values + 1) * GOLDEN)
+            own = scores.gather(-1, digits[:, k : k + 1])
+            result[:, k] = (scores < own).sum(-1)
         prefix = prefix * base + digits[:, k]
     return result
+
+
+@lru_cache(maxsize=8)
+def permutations_of(base: int) -> Tensor:
+    """All permutations [b!, b] of the digits up to base 7, and an empty table [0, b] beyond."""
+    rows = list(itertools.permutations(range(base))) if base <= 7 else []
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +128,11 @@ class DigitSource:
         if self.keys is None:
             kernels.fill_digits(result.numpy(), *shared, self.tables.numpy(), first)
         else:
-            kernels.fill_nested_digits(result.numpy(), *shared, self.keys.numpy(), self.alpha, first)
+            every = [permutations_of(base) for base in self.bases.tolist()]
+            starts = torch.tensor([0, *(table.numel() for table in every[:-1])]).cumsum(0)
+            tables = torch.cat([table.flatten() for table in every])
+            arrays = self.keys.numpy(), tables.numpy(), starts.numpy()
+            kernels.fill_nested_digits(result.numpy(), *shared, *arrays, self.alpha, first)
         return result
 
     def _digits(self, dimension: int, index: Tensor) -> Tensor:

@@ -28,39 +28,35 @@ MASK = (1 << WIDTH) - 1
 
 @dataclass(frozen=True, slots=True)
 class LatticeSource:
-    """The generating vector [d] and the shifts [R, d] as 63-bit fractions."""
+    """What each digit of the index adds, columns [1, m, d], and the shifts [R, d], as 63-bit fractions."""
 
-    vector: Tensor
+    columns: Tensor
     shift: Tensor
     order: str
     limit: int
     width: int = WIDTH
     kind: Kind = "lattice"
 
-    def _columns(self, first: int, count: int) -> Tensor:
-        """What each digit of the index adds: z 2^-(k+1), or z 2^k / n in linear order; [1, m, d]."""
-        if self.order == "linear":
-            levels = power_of_two(count, "the number of points of a lattice in linear order")
-            if first:
-                raise ConfigError("the linear order has no blocks, since i/n changes with n: natural and gray have")
-            places = WIDTH - levels + torch.arange(levels)
-        else:
-            places = WIDTH - 1 - torch.arange((first + count - 1).bit_length())
-        if not len(places):
-            return torch.zeros(1, 1, len(self.vector), dtype=torch.int64)
-        return ((self.vector << places.unsqueeze(-1)) & MASK).unsqueeze(0)
+    def _ordered(self, first: int, count: int) -> Tensor:
+        """The columns in the order of the index's digits, the least significant first."""
+        if self.order != "linear":
+            return self.columns
+        levels = power_of_two(count, "the number of points of a lattice in linear order")
+        if first:
+            raise ConfigError("the linear order has no blocks, since i/n changes with n: natural and gray have")
+        return self.columns[:, : max(levels, 1)].flip(1).contiguous()
 
     def unit(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        columns = self._columns(first, count).expand(len(self.shift), -1, -1)
+        columns = self._ordered(first, count)
         kernels = compiled(columns) if device.type == "cpu" else None
         gray = self.order == "gray"
         if kernels is None:
             columns, shift = columns.to(device), self.shift.to(device)
             return to_unit(additive_bits(columns, shift, first, count, gray=gray, xor=False), WIDTH, dtype)
-        result = empty(len(self.shift), count, len(self.vector), dtype=dtype)
+        result = empty(len(self.shift), count, columns.shape[2], dtype=dtype)
         kept = mantissa(dtype)
-        columns_, shift_ = columns.contiguous().numpy(), self.shift.numpy()
-        kernels.fill_additive(result.numpy(), columns_, shift_, first, gray, False, WIDTH - kept, 2.0**-kept)
+        arrays = result.numpy(), columns.numpy(), self.shift.numpy()
+        kernels.fill_additive(*arrays, first, gray, False, WIDTH - kept, 2.0**-kept)
         return result
 
     def bits(self, first: int, count: int, device: torch.device) -> Tensor:
@@ -102,7 +98,10 @@ def Lattice(
         shift = random_bits(count, dimensions, generator=generator)
     else:
         shift = torch.zeros(count, dimensions, dtype=torch.int64)
-    return PointSet(LatticeSource(entries, shift, order, limit), dimensions, replications, name, order)
+    # z 2^-(k + 1) modulo 1 for each digit k of the index
+    places = WIDTH - 1 - torch.arange((limit - 1).bit_length())
+    columns = ((entries << places.unsqueeze(-1)) & MASK).unsqueeze(0)
+    return PointSet(LatticeSource(columns, shift, order, limit), dimensions, replications, name, order)
 
 
 def baker(points: Tensor) -> Tensor:

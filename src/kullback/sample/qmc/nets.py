@@ -38,7 +38,7 @@ RANDOMIZATIONS = ("none", "ds", "lms", "lms ds", "nus")
 
 
 def additive_bits(columns: Tensor, shift: Tensor, first: int, count: int, *, gray: bool, xor: bool) -> Tensor:
-    """Integers [R, n, d] of points first..first+n-1 from columns [R, m, d] and shift [R, d], of WIDTH bits or fewer.
+    """Integers [R, n, d] of points first..first+n-1 from columns [R or 1, m, d] and shift [R, d], at most 63 bits.
 
     Combined by XOR, or by addition modulo 2^63. Two tables, of the lower and the upper digits of the index, are
     combined in one pass; the compiled twin does the same block by block.
@@ -71,7 +71,7 @@ def _combined(columns: Tensor, index: Tensor, xor: bool) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NetSource:
-    """Columns [R, m, alpha d or d] and shift [R, d] of `width` bits; keys [R, alpha d] where scrambling is nested."""
+    """Columns [R or 1, m, d or alpha d] and shift [R, d] of `width` bits; keys [R, alpha d] for nested scrambling."""
 
     columns: Tensor
     shift: Tensor
@@ -89,7 +89,7 @@ class NetSource:
         kernels = compiled(self.columns) if device.type == "cpu" else None
         if kernels is None or self.keys is not None:
             return to_unit(self.bits(first, count, device), self.width, dtype)
-        result = empty(len(self.columns), count, self.columns.shape[2], dtype=dtype)
+        result = empty(len(self.shift), count, self.columns.shape[2], dtype=dtype)
         kept = min(mantissa(dtype), self.width)
         columns, shift = self.columns.numpy(), self.shift.numpy()
         kernels.fill_additive(result.numpy(), columns, shift, first, self.gray, True, self.width - kept, 2.0**-kept)
@@ -101,7 +101,7 @@ class NetSource:
         if kernels is None:
             result = additive_bits(columns, shift, first, count, gray=self.gray, xor=True)
         else:
-            result = empty(len(columns), count, columns.shape[2], dtype=torch.int64)
+            result = empty(len(shift), count, columns.shape[2], dtype=torch.int64)
             kernels.fill_additive(result.numpy(), columns.numpy(), shift.numpy(), first, self.gray, True, 0, 1)
         if self.keys is None:
             return result
@@ -120,6 +120,10 @@ def linear_scramble(matrices: Tensor, digits: int, width: int, count: int, gener
     below = width - 1 - torch.arange(digits)
     scrambler = (scrambler & ((1 << below) - 1)) | (1 << below)
     result = torch.zeros(count, *matrices.shape, dtype=torch.int64)
+    kernels = compiled(matrices)
+    if kernels is not None:
+        kernels.linear_scramble(matrices.contiguous().numpy(), scrambler.numpy(), result.numpy())
+        return result
     for place in range(digits):
         digit = (matrices >> (digits - 1 - place)) & 1
         result ^= -digit & scrambler[:, :, place, None]
@@ -165,7 +169,7 @@ def DigitalNetB2(
     if name.startswith("lms") and generator is not None:
         columns = linear_scramble(columns, digits, width, count, generator)
     else:
-        columns = (columns << (width - digits)).expand(count if name == "nus" else 1, -1, -1)
+        columns = (columns << (width - digits)).unsqueeze(0)
     if name == "nus" and generator is not None:
         keys = random_bits(count, alpha * dimensions, generator=generator)
     elif alpha > 1:
@@ -174,8 +178,7 @@ def DigitalNetB2(
         shift = random_bits(count, dimensions, width=width, generator=generator)
     else:
         shift = torch.zeros(count, columns.shape[1], dtype=torch.int64)
-    columns = columns.expand(count, -1, -1).mT.contiguous()
-    source = NetSource(columns, shift, order == "gray", width, keys, alpha)
+    source = NetSource(columns.mT.contiguous(), shift, order == "gray", width, keys, alpha)
     return PointSet(source, dimensions, replications, name, order)
 
 
