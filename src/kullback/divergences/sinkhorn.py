@@ -29,6 +29,8 @@ from kullback.divergences.fused import check_pair
 
 __all__ = ["Plan", "sinkhorn_cost", "sinkhorn_divergence", "sinkhorn_plan"]
 
+_SMALL = 96  # columns up to which powers of a matrix cost less than the calls of an iteration
+
 Mode = Literal["sharp", "entropic", "debiased"]
 Gradient = Literal["envelope", "unroll"]
 
@@ -268,12 +270,26 @@ def _additive_fit(scaled: _Scaled, weighted: Tensor, row_cost: Tensor, n_iters: 
     transposed = kernel.mT
     x_mean, x_scale = row_cost / row, left / row
     y_mean, y_scale = right * _product(weighted.mT, left) / col, right / col
-    y = torch.zeros_like(y_mean)
-    for _ in range(n_iters):
+    if kernel.ndim == 2 and x_mean.ndim == y_mean.ndim == 1 and kernel.shape[-1] <= _SMALL:
+        step = (y_scale.unsqueeze(-1) * transposed * x_scale) @ kernel
+        y = _affine_power(step, y_mean - y_scale * _product(transposed, x_mean), n_iters)
         x = torch.addcmul(x_mean, x_scale, _product(kernel, y), value=-1)
-        y = torch.addcmul(y_mean, y_scale, _product(transposed, x), value=-1)
+    else:
+        y = torch.zeros_like(y_mean)
+        for _ in range(n_iters):
+            x = torch.addcmul(x_mean, x_scale, _product(kernel, y), value=-1)
+            y = torch.addcmul(y_mean, y_scale, _product(transposed, x), value=-1)
     tiny = torch.finfo(left.dtype).tiny
     return x / left.clamp(min=tiny), y / right.clamp(min=tiny)
+
+
+def _affine_power(step: Tensor, shift: Tensor, count: int) -> Tensor:
+    """y after at least `count` steps y <- step y + shift from 0, by doubling: a small problem is all overhead."""
+    y = shift
+    for _ in range(max(count - 1, 0).bit_length()):
+        y = y + step @ y
+        step = step @ step
+    return y
 
 
 def _problem(cost: Tensor, log_a: Tensor | None, log_b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
