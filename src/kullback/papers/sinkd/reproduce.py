@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Divergence, Report
+from kullback.data import arrays
 from kullback.distill.sinkd import SinkhornKD, sinkd_loss
 from kullback.divergences import jsd, kl, reverse_kl, squared_hellinger, total_variation
 from kullback.divergences.pairwise import pairwise_cost
@@ -73,13 +74,9 @@ def recovered(divergence: Divergence, starts: Tensor) -> float:
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Noisy digits: inputs and labels to train on, and those held out."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    images, labels = arrays.digits()
     noise = generator(seed, "digits")
-    inputs = torch.from_numpy(data.data).float() / 16.0
-    inputs = inputs + NOISE * torch.randn(inputs.shape, generator=noise)
-    labels = torch.from_numpy(data.target)
+    inputs = images + NOISE * torch.randn(images.shape, generator=noise)
     order = torch.randperm(len(inputs), generator=noise)
     train, held_out = order[:TRAIN], order[TRAIN:]
     return inputs[train], labels[train], inputs[held_out], labels[held_out]
