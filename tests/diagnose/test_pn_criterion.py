@@ -355,7 +355,7 @@ def test_estimator_modes(generator):
     assert again.shape == (5, 1)
     own = Family("own", family.statistics, family.solve, family.sample)
     silent = PNCriterion(own, draws=2000).fit(x)
-    with pytest.raises(NotImplementedError, match="Psi"):
+    with pytest.raises(ConfigError, match="Psi"):
         silent.score(x)
 
 

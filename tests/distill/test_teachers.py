@@ -1,9 +1,8 @@
 """Teachers out of memory: a cache on disk and a small server, both against the live model."""
 
-import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,9 @@ from kullback.distill.teachers import CachedTeacher, is_teacher_cache, teacher_l
 from kullback.divergences import f_divergence
 from kullback.models.small import small_llama
 
+sys.path.insert(0, str(Path(__file__).parent))
+from _server import Server, log_probs
+
 V, T, K = 60, 12, 5
 
 
@@ -29,11 +31,6 @@ def model():
 @pytest.fixture
 def blocks(generator):
     return [{"input_ids": torch.randint(0, V, (T,), generator=generator)} for _ in range(7)]
-
-
-def log_probs(model, ids):
-    with torch.no_grad():
-        return model(ids).logits.log_softmax(-1)
 
 
 def write(model, blocks, folder, **options):
@@ -115,67 +112,17 @@ def test_a_cache_that_fails_half_way_leaves_nothing(model, blocks, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class _Server:
-    """An OpenAI-compatible server of one model, in a thread; `dialect` chooses how it answers."""
-
-    def __init__(self, model, dialect="prompt_logprobs"):
-        self.failures, self.requests = 0, 0
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                self.answer(200, {"data": [{"id": "small"}]})
-
-            def do_POST(self):
-                owner.requests += 1
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if owner.failures:
-                    owner.failures -= 1
-                    return self.answer(503, {"error": "busy"})
-                choices = [owner.choice(model, row, body["logprobs"], dialect) for row in body["prompt"]]
-                return self.answer(200, {"choices": [{"index": i, **c} for i, c in enumerate(choices)][::-1]})
-
-            def answer(self, code, body):
-                data = json.dumps(body).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @staticmethod
-    def choice(model, row, kept, dialect):
-        top = log_probs(model, torch.tensor([row]))[0].topk(kept, -1)
-        pairs = [list(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(top.indices, top.values, strict=True)]
-        if dialect == "prompt_logprobs":
-            said = [{str(i): {"logprob": v} for i, v in entry} for entry in pairs]
-            return {"text": "", "prompt_logprobs": [None, *said[:-1]]}
-        if dialect == "echo":
-            said = [{f"token_id:{i}": v for i, v in entry} for entry in pairs]
-            return {"text": "", "logprobs": {"top_logprobs": [None, *said]}}
-        if dialect == "text":
-            return {"text": "", "logprobs": {"top_logprobs": [None, *[{"the": -0.1}] * len(pairs)]}}
-        return {"text": ""}
-
-
 @pytest.fixture
 def server(model):
     made = []
 
     def make(dialect="prompt_logprobs"):
-        made.append(_Server(model, dialect))
+        made.append(Server(model, dialect))
         return made[-1]
 
     yield make
     for one in made:
-        one.server.shutdown()
-        one.server.server_close()
+        one.close()
 
 
 @pytest.mark.parametrize("dialect", ["prompt_logprobs", "echo"])

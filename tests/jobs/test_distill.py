@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kullback.core.errors import CheckpointError, ConfigError, DataError, KullbackError, MissingExtra, ShapeError
+from kullback.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    KullbackError,
+    MissingExtra,
+    ShapeError,
+)
 from kullback.core.rng import generator
 from kullback.jobs import distill as job
-from kullback.jobs._training import Interrupted
+from kullback.jobs import teacher_cache
+from kullback.jobs.teacher_cache import TeacherCacheConfig
 from kullback.models.small import small_llama
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
+from _server import Server
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -62,8 +75,9 @@ def test_accumulation_changes_nothing(config, tmp_path):
         torch.testing.assert_close(tensor, weights(split.path)[name], rtol=1e-3, atol=2e-5)
 
 
-def test_an_interrupted_job_resumes_in_the_same_bits(config, tmp_path):
-    config = with_objective(config, on_policy=0.5, prompt=4)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_interrupted_job_resumes_in_the_same_bits(config, tmp_path, rank):
+    config = replace(with_objective(config, on_policy=0.5, prompt=4), lora=job.LoraSettings(rank=rank))
     straight = job.run(config, tmp_path / "straight")
 
     class Stop(Exception):
@@ -232,6 +246,39 @@ def test_divergent_training_is_said_and_the_checkpoint_kept(config, tmp_path):
     wild = with_training(config, learning_rate=1e30, clip=0.0, steps=20, warmup=0.0)
     with pytest.raises(ConfigError, match="lower training.learning_rate"):
         job.run(wild, tmp_path / "run")
+    for weights_file in tmp_path.rglob("ckpt/*/model.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(weights_file).values())
+
+
+def test_a_served_teacher_trains_the_student_that_the_live_one_does(config, tmp_path):
+    server = Server(AutoModelForCausalLM.from_pretrained(config.teacher))
+    try:
+        objective = replace(config.objective, on_policy=0.5, prompt=4)
+        served = job.run(replace(config, teacher=server.url, objective=objective), tmp_path / "served")
+        with pytest.raises(ConfigError, match="a server answers at temperature 1"):
+            job.run(with_objective(replace(config, teacher=server.url), temperature=2.0), tmp_path / "hot")
+        with pytest.raises(ConfigError, match="sinkd compares whole distributions"):
+            job.run(with_objective(replace(config, teacher=server.url), name="sinkd"), tmp_path / "whole")
+    finally:
+        server.close()
+    assert not (tmp_path / "hot").exists()
+    assert not (tmp_path / "whole").exists()
+    live = job.run(replace(config, objective=objective), tmp_path / "live")
+    assert losses(served.path)[6] == pytest.approx(losses(live.path)[6], rel=0.01)
+
+
+def test_a_divergence_is_measured_at_the_temperature_of_the_objective(config, tmp_path):
+    hot = with_objective(config, temperature=3.0)
+    settings = TeacherCacheConfig(teacher=config.teacher, data=config.data, kept=200, drawn=50, temperature=3.0)
+    teacher_cache.run(settings, tmp_path / "cache")
+    live = job.run(hot, tmp_path / "live")
+    cached = job.run(replace(hot, teacher=str(tmp_path / "cache")), tmp_path / "cached")
+    reports = [json.loads((run.path / "report.json").read_text())["parts"]["distilled-0"] for run in (live, cached)]
+    for when in ("before", "after"):
+        assert reports[1][when]["divergence"] == pytest.approx(reports[0][when]["divergence"], rel=0.05)
+    cold = job.run(config, tmp_path / "cold")
+    before = json.loads((cold.path / "report.json").read_text())["parts"]["distilled-0"]["before"]["divergence"]
+    assert abs(before - reports[0]["before"]["divergence"]) > 0.2 * before, "another temperature, another number"
 
 
 def test_tensorboard_is_written_inside_the_run(config, tmp_path):

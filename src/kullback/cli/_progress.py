@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import typer
 
-__all__ = ["Progress", "table"]
+__all__ = ["Progress"]
 
 
 class Progress:
@@ -78,19 +78,3 @@ class Progress:
         else:
             typer.echo(text, err=True)
 
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> None:
-    """Print a table on standard output: boxed on a terminal, plain columns when piped."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 1000  # a pipe has no edge to cut at
-    grid = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, caption=caption or None, caption_justify="left")
-    for index, title in enumerate(titles):
-        grid.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*row)
-    console.print(grid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import textwrap
@@ -11,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
+
+from kullback.core.files import finite
 
 __all__ = ["measured", "print_json", "print_table", "print_wrapped"]
 
@@ -38,7 +39,7 @@ def print_wrapped(text: str, *, label: str = "", indent: int = 0) -> None:
 
 def print_json(content: Any) -> None:
     """JSON, in which null stands for what is not a number or infinite."""
-    typer.echo(json.dumps(_finite(content), indent=2))
+    typer.echo(json.dumps(finite(content), indent=2))
 
 
 def measured(claim: Mapping[str, Any]) -> str:
@@ -53,11 +54,3 @@ def measured(claim: Mapping[str, Any]) -> str:
         return "not finite"
     several = len(claim["per_seed"]) > 1 and claim["spread"] is not None
     return f"{claim['value']:.4g}" + (f" ± {claim['spread']:.3g}" if several else "")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

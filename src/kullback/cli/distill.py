@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kullback.cli._text import print_json, print_table
+
 if TYPE_CHECKING:
     from kullback.jobs.distill import DistillConfig
 
@@ -72,27 +74,21 @@ def _free_folder(root: Path, name: str) -> Path:
 
 def _show_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(plan))
+        print_json(plan)
         return
-    for key, value in plan.items():
-        typer.echo(
-            f"{key.replace('_', ' '):<28} {value:,}"
-            if isinstance(value, int)
-            else f"{key.replace('_', ' '):<28} {value}"
-        )
+    print_table([], [[key.replace("_", " "), f"{value:,}"] for key, value in plan.items()])
 
 
 def _show_report(folder: Path, *, as_json: bool) -> None:
-    from kullback.cli._progress import table
-
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if as_json:
-        typer.echo(json.dumps({"run": str(folder), **report}))
+        print_json({"run": str(folder), **report})
         return
     columns = ["cross_entropy", "perplexity", "divergence"]
     titles = ["student", "seeds", "cross-entropy", "perplexity", "divergence to teacher"]
     rows = [[row["student"], str(row["seeds"]), *(_cell(row, column) for column in columns)] for row in report["rows"]]
-    table(titles, rows, caption="Validation text, nats a token; ± is the standard deviation over seeds.")
+    print_table(titles, rows)
+    typer.echo("Validation text, nats a token; ± is the standard deviation over seeds.")
     if "gain" in report:
         gain = report["gain"]
         spread = "" if gain["spread"] is None else f" ± {gain['spread']:.3f}"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
-from importlib.metadata import requires
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 __all__ = ["doctor"]
-
-_OPTIONAL = re.compile(r"(?P<package>[A-Za-z0-9._-]+)[^;]*;.*extra == ['\"](?P<extra>[^'\"]+)['\"]")
 
 
 def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -57,17 +53,18 @@ def _examine() -> dict[str, Any]:
 
 
 def _extras() -> list[dict[str, Any]]:
-    """The optional packages as the installed package declares them, those that only its own tests need left out."""
-    from kullback.core.environment import installed
+    """A row for each optional package, those that only kullback's own tests need left out."""
+    from kullback.core.environment import extras, installed
 
     rows = []
-    for requirement in requires("kullback") or []:
-        found = _OPTIONAL.fullmatch(requirement)
-        if found and found["extra"] != "test":
-            package, extra = found["package"], found["extra"]
-            install = f"pip install 'kullback[{extra}]'"
-            rows.append({"extra": extra, "package": package, "version": installed(package), "install": install})
-    return sorted(rows, key=lambda row: (row["extra"], row["package"]))
+    for extra, packages in sorted(extras().items()):
+        install = f"pip install 'kullback[{extra}]'"
+        rows += [
+            {"extra": extra, "package": package, "version": installed(package), "install": install}
+            for package in sorted(packages)
+            if extra != "test"
+        ]
+    return rows
 
 
 def _writable(folder: Path) -> bool:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kullback.cli._text import print_json
+
 __all__ = ["teacher_cache"]
 
 
@@ -35,7 +37,7 @@ def teacher_cache(
     with Progress(quiet=json_) as progress:
         summary = run(settings, out, listen=progress)
     if json_:
-        typer.echo(json.dumps({"cache": str(out), **asdict(summary)}))
+        print_json({"cache": str(out), **asdict(summary)})
         return
     typer.echo(
         f"{out}: {summary.sequences} blocks of {summary.length} tokens, the top {summary.kept} of {summary.vocabulary} "

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "commit", "cores", "cpu_name", "environment", "installed", "memory", "threads"]
+__all__ = [
+    "cache_directory", "commit", "cores", "cpu_name", "environment", "extras", "installed", "memory", "threads",
+]  # fmt: skip
 
+_OPTIONAL = re.compile(r"(?P<package>[A-Za-z0-9._-]+)[^;]*;.*extra == ['\"](?P<extra>[^'\"]+)['\"]")
 _PACKAGES = ("kullback", "torch", "transformers", "accelerate", "numpy", "scipy", "safetensors")
 
 
@@ -34,6 +38,19 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of each extra of kullback, as the installed package declares them."""
+    found: dict[str, list[str]] = {}
+    try:
+        declared = requires("kullback") or []
+    except PackageNotFoundError:
+        declared = []
+    for requirement in declared:
+        if (match := _OPTIONAL.fullmatch(requirement)) is not None:
+            found.setdefault(match["extra"], []).append(match["package"])
+    return found
 
 
 def cpu_name() -> str:

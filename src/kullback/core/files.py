@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from kullback.core.errors import CheckpointError, KullbackError
 
-__all__ = ["atomic_directory", "atomic_write", "clear_partial", "writing"]
+__all__ = ["atomic_directory", "atomic_write", "clear_partial", "finite", "writing"]
 
 _STORAGE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -127,3 +129,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def finite(value: Any) -> Any:
+    """Plain data in which None stands for numbers that are infinite or none, for which JSON has no word.
+
+    >>> finite({"loss": float("nan"), "steps": (1, 2.5)})
+    {'loss': None, 'steps': [1, 2.5]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -186,12 +186,12 @@ class PNCriterion(Parameters):
     def _log_likelihood(self, X: Any, xi: Tensor) -> Tensor:
         psi, base = self.family.psi, self.family.log_base
         if psi is None:
-            raise NotImplementedError(f"the likelihood of {self.family.name} has no Psi within reach")
+            raise ConfigError(f"{self.family.name} has no Psi, so its likelihood is not known: give the family one")
         value = xi @ self.theta_ - psi(self.theta_)
         return value if base is None else value + base(torch.as_tensor(X))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """The mean log-likelihood of data [n, d]; raises NotImplementedError for a family without Psi."""
+        """The mean log-likelihood of data [n, d]; raises ConfigError for a family without Psi."""
         check_fitted(self, "theta_")
         return float(self._log_likelihood(X, self._statistics(X)).mean())
 

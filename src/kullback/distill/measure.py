@@ -24,15 +24,19 @@ def measure(
     teacher: Teacher | None = None,
     *,
     divergence: Divergence = kl,
+    temperature: float = 1.0,
     batch: int = 8,
     vocabulary: int | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy (nats a token), its perplexity and, with a teacher, the mean divergence (nats a token).
 
-    blocks: items with input_ids [T] and, where not all count, labels [T] that are -100 there; model: a causal language
-    model or its DDP or FSDP wrapper; reduce: sums a tensor over processes that each hold as many blocks of their own.
+    temperature: of both distributions that the divergence compares. blocks: items with input_ids [T] and, where not all
+    count, labels [T] that are -100 there; model: a causal language model or its DDP or FSDP wrapper; reduce: sums a
+    tensor over processes that each hold as many blocks of their own.
     """
+    hard = Objective(divergence=divergence, cross_entropy=1.0)
+    soft = Objective(divergence=divergence, temperature=temperature)
     training, device = model.training, next(model.parameters()).device
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -41,7 +45,7 @@ def measure(
             items = [blocks[index] for index in range(start, min(start + batch, len(blocks)))]
             ids = torch.stack([item["input_ids"] for item in items]).to(device)
             labels = torch.stack([item.get("labels", item["input_ids"]) for item in items]).to(device)
-            totals += _batch_totals(model, ids, labels, teacher, divergence, vocabulary)
+            totals += _batch_totals(model, ids, labels, teacher, (hard, soft), vocabulary)
     finally:
         model.train(training)
     tokens, cross_entropy, distance = (totals if reduce is None else reduce(totals)).tolist()
@@ -53,12 +57,11 @@ def measure(
 
 
 def _batch_totals(
-    model: Any, ids: Tensor, labels: Tensor, teacher: Teacher | None, divergence: Divergence, size: int | None
+    model: Any, ids: Tensor, labels: Tensor, teacher: Teacher | None, terms: tuple[Objective, ...], size: int | None
 ) -> Tensor:
     mask = torch.ones_like(ids)
     target = None if teacher is None else teacher(ids, mask)
-    parts = [Objective(divergence=divergence, cross_entropy=1.0)]
-    parts += [] if teacher is None else [Objective(divergence=divergence, cross_entropy=0.0)]
+    parts = terms if teacher is not None else terms[:1]
 
     def sums(student: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         return torch.stack([part.loss(target, student, labels, weight=weight, bias=bias, count=1) for part in parts])

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.tensor import DTensor
 
 from kullback.core.checkpoint import load_state, save_state
-from kullback.core.errors import CheckpointError
+from kullback.core.errors import CheckpointError, ConfigError
 from kullback.core.runs import Run
 
 __all__ = ["RunCheckpoints"]
@@ -29,7 +30,7 @@ _FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 class RunCheckpoints:
     """A mixin for transformers.Trainer: `class T(RunCheckpoints, Trainer)`, then `trainer.run = run`.
 
-    Raises CheckpointError when a checkpoint cannot be written or read.
+    Raises CheckpointError when a checkpoint cannot be written or read, ConfigError for weights that are not finite.
     """
 
     run: Run
@@ -45,6 +46,7 @@ class RunCheckpoints:
     is_fsdp_enabled: bool
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        self._check_finite()
         self.store_flos()  # type: ignore[attr-defined]
         with self._shared_folder() as folder:
             weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
@@ -58,6 +60,17 @@ class RunCheckpoints:
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.run.prune_checkpoints(self.keep_checkpoints)
+
+    def _check_finite(self) -> None:
+        """Raise ConfigError in every process when a weight is not finite, before it replaces a good checkpoint."""
+        weights = [weight.detach() for weight in self.model.parameters()]
+        local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        sound = torch.stack([torch.isfinite(weight).all() for weight in local]).all()
+        if self.accelerator.reduce((~sound).float()) > 0:
+            raise ConfigError(
+                f"weights are not finite after step {self.state.global_step}: lower training.learning_rate, or check "
+                "the data; the last checkpoint is kept"
+            )
 
     @contextmanager
     def _shared_folder(self) -> Iterator[Path]:

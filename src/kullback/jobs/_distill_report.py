@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kullback.core.files import atomic_directory, atomic_write
 from kullback.core.rng import generator
 from kullback.core.runs import Run
+from kullback.distill._hf import LiveTeacher
 from kullback.distill.measure import measure
 from kullback.distill.on_policy import sample_continuations
 from kullback.figures import figure
@@ -30,10 +31,10 @@ def write_report(work: Distillation) -> None:
     """Write model/, report.json, samples.jsonl, curves.csv and figures/curves.svg of a job whose parts are done."""
     out = work.out
     reports = {part.name: _read(out / "parts" / part.name / "report.json") for part in work.parts}
-    best = work.parts[0]
+    first = work.parts[0]
     if not (out / "model").exists():
         with atomic_directory(out / "model") as place:
-            shutil.copytree(out / "parts" / best.name / "model", place, dirs_exist_ok=True)
+            shutil.copytree(out / "parts" / first.name / "model", place, dirs_exist_ok=True)
     rows = [
         _row("teacher", [_teacher(work)]),
         _row("student before", [reports[part.name]["before"] for part in work.parts if part.role == "distilled"]),
@@ -78,10 +79,9 @@ def _spread(values: Sequence[float]) -> float | None:
 
 
 def _teacher(work: Distillation) -> dict[str, float]:
-    model = getattr(work.teacher, "model", None)
-    if model is None or isinstance(model, str):
-        return {}  # a cached or served teacher cannot be asked about the text itself
-    return measure(model, work.texts.validation, vocabulary=work.vocabulary)
+    if not isinstance(work.teacher, LiveTeacher):
+        return {}  # a cached or served teacher gives no distribution of its own to measure
+    return measure(work.teacher.model, work.texts.validation, vocabulary=work.vocabulary)
 
 
 def _samples(work: Distillation, count: int = 4) -> list[dict[str, str]]:
@@ -95,7 +95,7 @@ def _samples(work: Distillation, count: int = 4) -> list[dict[str, str]]:
 
     prompt = torch.stack([block["input_ids"] for block in blocks])[:, : max(work.config.data.length // 4, 1)]
     models = {"before": work.student(work.config.seeds[0]), "after": load_model(work.out / "model", role="student")}
-    if hasattr(getattr(work.teacher, "model", None), "parameters"):
+    if isinstance(work.teacher, LiveTeacher):
         models["teacher"] = work.teacher.model.cpu()
     texts = {}
     for name, model in models.items():

@@ -68,8 +68,9 @@ class Distillation:
         self.student_tokens = self._check_student()
         self.vocabulary = common_vocabulary(self.teacher_tokens, self.student_tokens, len(self.tokenizer))
         if self.student_tokens != self.teacher_tokens:
-            self._say(
-                f"heads of {self.teacher_tokens} and {self.student_tokens} tokens: {self.vocabulary} are compared"
+            compared = f"{self.vocabulary} are compared"
+            self.listen(
+                {"kind": "note", "text": f"heads of {self.teacher_tokens} and {self.student_tokens} tokens: {compared}"}
             )
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.vocabulary = self.vocabulary
@@ -121,7 +122,7 @@ class Distillation:
         self.state.wait_for_everyone()
 
     def finish(self) -> Run:
-        """Gather the parts into the run's report, its best-known outputs and its model directory."""
+        """Gather the parts into the run's report, samples, curves and model directory (that of the first seed)."""
         if self.state.is_main_process:
             write_report(self)
         self.state.wait_for_everyone()
@@ -132,7 +133,9 @@ class Distillation:
         if self.config.student:
             model = load_model(self.config.student, role="student", seed=seed)
             lora = self.config.lora
-            return add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets) if lora.rank else model
+            if not lora.rank:
+                return model
+            return add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
         from kullback.models.small import small_llama
 
         draw = generator(seed, "student")
@@ -168,7 +171,8 @@ class Distillation:
             filler = self.texts.validation[0]["input_ids"]
             mine.append({"input_ids": filler, "labels": torch.full_like(filler, -100)})
         return measure(
-            trainer.model_wrapped, mine, self.teacher, divergence=self.divergence, vocabulary=self.vocabulary,
+            trainer.model_wrapped, mine, self.teacher, divergence=self.divergence,
+            temperature=self.config.objective.temperature, vocabulary=self.vocabulary,
             reduce=trainer.accelerator.reduce if count > 1 else None,
         )  # fmt: skip
 
@@ -196,7 +200,10 @@ class Distillation:
         from kullback.distill.teachers import CachedTeacher, is_teacher_cache
 
         name = self.teacher_folder
-        if name.startswith(("http://", "https://")):
+        served = name.startswith(("http://", "https://"))
+        if served or is_teacher_cache(name):
+            _check_truncated(self.config.objective, served=served)
+        if served:
             return ServedTeacher(name, vocabulary=len(self.tokenizer)), len(self.tokenizer)
         if is_teacher_cache(name):
             cached = CachedTeacher(Path(name), temperature=self.config.objective.temperature)
@@ -219,13 +226,22 @@ class Distillation:
         with self.state.main_process_first():
             return pack_texts(self.config.data, self.tokenizer, self.out / "data", self.listen)
 
-    def _say(self, text: str) -> None:
-        self.listen({"kind": "note", "text": text})
-
-
 def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ids = torch.stack([item["input_ids"] for item in items])
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _check_truncated(objective: ObjectiveConfig, *, served: bool) -> None:
+    """Raise ConfigError for what a teacher that gives its likeliest tokens alone cannot do."""
+    if objective.name == "sinkd":
+        raise ConfigError("sinkd compares whole distributions: name the teacher's model directory as the teacher")
+    if served and objective.temperature != 1:
+        raise ConfigError(
+            f"a server answers at temperature 1 and the objective asks for {objective.temperature}: a truncated "
+            "distribution cannot be tempered, so write a cache at that temperature"
+        )
+    if not served and objective.on_policy:
+        raise ConfigError("a cache knows its own texts alone: on-policy steps need a live or served teacher")
 
 
 def _say_nothing(event: Any) -> None:

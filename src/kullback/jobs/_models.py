@@ -54,8 +54,7 @@ def load_model(folder: str | Path, *, role: str, dtype: torch.dtype = torch.floa
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         else:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
-            with torch.random.fork_rng():
-                torch.random.default_generator.set_state(generator(seed, "fresh weights").get_state())
+            with _seeded(seed):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # transformers, safetensors and json each have their own
         raise DataError(f"{role} {path} could not be loaded as a causal language model: {_sentence(error)}") from error
@@ -97,8 +96,8 @@ def check_same_tokenizer(teacher: Any, student: Any) -> None:
     )
 
 
-def add_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...]) -> Any:
-    """The model with low-rank adapters as its only trainable weights. Raises MissingExtra without peft."""
+def add_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...], seed: int = 0) -> Any:
+    """The model with fresh low-rank adapters from `seed` as its only trainable weights. MissingExtra without peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -107,7 +106,8 @@ def add_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...]) -> 
         r=rank, lora_alpha=alpha, target_modules=list(targets) if targets else "all-linear", task_type="CAUSAL_LM"
     )
     try:
-        return get_peft_model(model, config)
+        with _seeded(seed):
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"adapters could not be added: {_sentence(error)}") from error
 
@@ -115,6 +115,14 @@ def add_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...]) -> 
 def merged(model: Any) -> Any:
     """The plain model with its adapters merged in; a model without adapters as it is."""
     return model.merge_and_unload() if getattr(model, "peft_config", None) else model
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Libraries that draw weights from the global state draw them from `seed`, and leave that state as it was."""
+    with torch.random.fork_rng():
+        torch.random.default_generator.set_state(generator(seed, "fresh weights").get_state())
+        yield
 
 
 def _directory(folder: str | Path, role: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kullback.core.runs import Run
+from kullback.distill._hf import LiveTeacher
 from kullback.jobs._distillation import Distillation
 from kullback.jobs._training import train
 from kullback.jobs.distill import DistillConfig
@@ -47,7 +48,7 @@ def estimate(config: DistillConfig) -> dict[str, Any]:
         run = Run.start(out / "parts" / part.name, part, kind="distill-part", seed=part.seed)
         seconds = _time(work, part, run, watch)
         student = work.student(config.seeds[0])
-        texts, teacher = work.texts, getattr(work.teacher, "model", None)
+        texts, teacher = work.texts, work.teacher.model if isinstance(work.teacher, LiveTeacher) else None
     steps = config.training.steps
     a_step = config.training.batch * config.data.length
     evaluations = 2 + steps // config.training.evaluate_every
@@ -78,7 +79,7 @@ def _time(work: Distillation, part: Any, run: Run, watch: _Watch) -> dict[str, f
 
 def _parameters(model: Any) -> int:
     """The number of weights; 0 for a teacher that is not in memory."""
-    return sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
+    return 0 if model is None else sum(p.numel() for p in model.parameters())
 
 
 def _peak_memory() -> int:

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from kullback.core.errors import ConfigError, Interrupted, MissingExtra
 from kullback.core.runs import Run, stop_signals
 
-__all__ = ["Interrupted", "Listener", "TrainingConfig", "on_cpu", "train", "training_arguments"]
+__all__ = ["Listener", "TrainingConfig", "on_cpu", "train", "training_arguments"]
 
 Listener = Callable[[Mapping[str, Any]], None]
 

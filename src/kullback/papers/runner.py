@@ -8,28 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any, Literal
 
 import kullback
 from kullback.core.cards import CARDS, Claim, Paper, load_paper, verdict
 from kullback.core.engine import Unit, UnitResult, run_units
-from kullback.core.environment import environment, installed
+from kullback.core.environment import environment, extras, installed
 from kullback.core.errors import ConfigError, MissingExtra
-from kullback.core.files import atomic_write
+from kullback.core.files import atomic_write, finite
 from kullback.core.runs import Run
 from kullback.core.types import Report
 
 __all__ = ["Outcome", "code_digest", "reproduce_paper"]
 
 Listener = Callable[[Mapping[str, Any]], None]
-_OPTIONAL = re.compile(r"(?P<package>[A-Za-z0-9._-]+)[^;]*;.*extra == ['\"](?P<extra>[^'\"]+)['\"]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +131,7 @@ def _check(papers: Sequence[Paper], seeds: Sequence[int] | None) -> None:
     for paper in papers:
         if paper.status == "planned":
             raise ConfigError(f"{paper.name} is planned: its method is not in kullback yet, so there is nothing to run")
-    offered = _extras()
+    offered = extras()
     for paper in papers:
         for extra in paper.needs:
             if extra not in offered:
@@ -142,19 +139,6 @@ def _check(papers: Sequence[Paper], seeds: Sequence[int] | None) -> None:
                 raise ConfigError(f"{paper.name} needs the extra {extra}, but those of kullback are {known}")
             if missing := [package for package in offered[extra] if installed(package) is None]:
                 raise MissingExtra(missing[0], extra=extra)
-
-
-def _extras() -> dict[str, list[str]]:
-    """The packages of each extra, as the installed package declares them."""
-    found: dict[str, list[str]] = {}
-    try:
-        declared = requires("kullback") or []
-    except PackageNotFoundError:
-        declared = []
-    for requirement in declared:
-        if (match := _OPTIONAL.fullmatch(requirement)) is not None:
-            found.setdefault(match["extra"], []).append(match["package"])
-    return found
 
 
 # --- in the unit's process ---
@@ -213,7 +197,7 @@ def _gather(paper: Paper, ran: Mapping[int, UnitResult], folder: Path) -> Outcom
         "metrics": {str(seed): values for seed, values in metrics.items()},
         "rows": [{**row, "seed": seed} for seed, result in done.items() for row in result["rows"]],
     }
-    content = _finite(content)
+    content = finite(content)
     path = folder / f"{paper.slug}.json"
     atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     errors = {result.key: result.error for result in ran.values() if result.status == "failed"}
@@ -248,12 +232,3 @@ def _finish(outcome: Outcome, drawn: UnitResult | None, results: Path | None) ->
         if figure is not None:
             atomic_write(recorded.with_suffix(".svg"), figure.read_bytes())
     return replace(outcome, figure=figure, errors=errors, recorded=recorded)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a number or infinite; null stands for both."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
