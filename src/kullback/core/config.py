@@ -274,12 +274,19 @@ def _paths(cls: type, where: str) -> Iterator[str]:
 # --- types ---
 
 
+@cache
+def _adapter(cls: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
 def _validate(cls: type[T], data: dict[str, Any]) -> T:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         # As JSON: there a list is right for a tuple and a string for a path, and all else is strict.
-        return TypeAdapter(cls).validate_json(json.dumps(_plain(_without_none(data), "")), strict=True)
+        return cast(T, _adapter(cls).validate_json(json.dumps(_plain(_without_none(data), "")), strict=True))
     except ValidationError as error:
         found = error.errors(include_url=False)
         cause = found[0].get("ctx", {}).get("error")
