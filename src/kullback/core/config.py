@@ -286,7 +286,8 @@ def _validate(cls: type[T], data: dict[str, Any]) -> T:
 
     try:
         # As JSON: there a list is right for a tuple and a string for a path, and all else is strict.
-        return cast(T, _adapter(cls).validate_json(json.dumps(_plain(_without_none(data), "")), strict=True))
+        text = json.dumps(_plain(_without_none(data), ""))
+        return cast(T, _adapter(cast(Any, cls)).validate_json(text, strict=True))
     except ValidationError as error:
         found = error.errors(include_url=False)
         cause = found[0].get("ctx", {}).get("error")
