@@ -5,12 +5,10 @@ Shapes: B batch, T positions, H hidden size, V vocabulary. Position t of the stu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
 from kullback.core.errors import ShapeError
@@ -18,33 +16,9 @@ from kullback.core.rng import generator
 from kullback.core.types import Teacher, TeacherOutput
 from kullback.distill.objective import Objective
 from kullback.distill.on_policy import sample_continuations
+from kullback.models.heads import has_plain_head, replaced_head
 
-__all__ = ["DistillTrainer", "LiveTeacher", "common_vocabulary", "has_plain_head", "replaced_head"]
-
-# Options of a model's configuration that change the logits after the head; with one of them the logits are taken whole.
-_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-
-
-def has_plain_head(model: Any) -> bool:
-    """Whether the model's logits are exactly a linear map of its last hidden states."""
-    config = model.config.get_text_config()
-    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD)
-    return type(model.get_output_embeddings()) is nn.Linear and not scaled
-
-
-@contextmanager
-def replaced_head(model: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, the model's head computes `forward(hidden)` in place of the logits.
-
-    The replacement runs inside the model's own forward pass, where DDP and FSDP have the head's weights at hand.
-    """
-    head = model.get_output_embeddings()
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
+__all__ = ["DistillTrainer", "LiveTeacher", "common_vocabulary"]
 
 def common_vocabulary(teacher_tokens: int, student_tokens: int, tokenizer_tokens: int) -> int:
     """How many entries of both heads are compared: all, or the common part where one is only padded further.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kullback.core.types import Divergence, Teacher
-from kullback.distill._hf import has_plain_head, replaced_head
 from kullback.distill.objective import Objective
 from kullback.divergences import kl
+from kullback.models.heads import has_plain_head, replaced_head
 
 __all__ = ["measure"]
 
