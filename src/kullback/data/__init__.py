@@ -3,12 +3,15 @@
 from kullback.data.arrays import digits
 from kullback.data.cache import cached
 from kullback.data.corpora import Corpus, corpus
+from kullback.data.examples import Example, read_examples, split_examples
 from kullback.data.packing import PackedTokens, load_packed, pack
+from kullback.data.records import read_records
 from kullback.data.text import held_out, read_documents
 from kullback.data.tokenizer import train_byte_bpe
 
 __all__ = [
     "Corpus",
+    "Example",
     "PackedTokens",
     "cached",
     "corpus",
@@ -17,5 +20,8 @@ __all__ = [
     "load_packed",
     "pack",
     "read_documents",
+    "read_examples",
+    "read_records",
+    "split_examples",
     "train_byte_bpe",
 ]

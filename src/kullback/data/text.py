@@ -6,15 +6,15 @@ Nothing is loaded whole: a plain text comes in pieces of bounded size, the other
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kullback.core.errors import ConfigError, DataError, MissingExtra
+from kullback.core.errors import ConfigError, DataError
+from kullback.data.records import json_records, known_files, parquet_records
 
 __all__ = ["held_out", "read_documents"]
 
@@ -35,7 +35,7 @@ def read_documents(path: Path, *, field: str = "text", tokenizer: Any = None) ->
     Raises DataError, naming the file and the line or row, for what is missing, empty, binary or malformed, or has no
     such field; MissingExtra for Parquet without pyarrow.
     """
-    files = _files(Path(path).expanduser())
+    files = known_files(Path(path).expanduser(), _ENDINGS, "text")
     return _documents(files, Path(path), field, tokenizer)
 
 
@@ -70,28 +70,6 @@ def _held_out(documents: Iterator[str], share: float, inside: bool) -> Iterator[
         place = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") / 2**64
         if (place < share) == inside:
             yield document
-
-
-def _files(path: Path) -> list[Path]:
-    try:
-        path.stat()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: name a file of text, JSONL or Parquet, or a folder of them") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not path.is_dir():
-        if path.suffix.lower() not in _ENDINGS:
-            raise DataError(f"{path} is of a kind that is not known: text ends in {', '.join(_ENDINGS)}")
-        return [path]
-    inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-    files = [file for file in inside if file.suffix.lower() in _ENDINGS]
-    if not files:
-        raise DataError(f"{path} has no file of a known kind: text ends in {', '.join(_ENDINGS)}")
-    return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _documents(files: list[Path], path: Path, field: str, tokenizer: Any) -> Iterator[str]:
@@ -143,42 +121,19 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, field: str, tokenizer: Any) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"line {number} of {path}"
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{where} is not JSON: one record a line is expected") from error
-                yield _text(record, field, tokenizer, where)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for where, record in json_records(path):
+        yield _text(record, field, tokenizer, where)
 
 
 def _parquet(path: Path, field: str, tokenizer: Any) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtra("pyarrow", extra="parquet") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            column = field if field in names else "messages" if "messages" in names else None
-            if column is None:
-                raise DataError(_no_field(field, names, str(path)))
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[column]):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield _text(record, field, tokenizer, f"row {row} of {path}")
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not Parquet, or damaged: write it again") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    def columns(names: Sequence[str]) -> list[str]:
+        column = field if field in names else "messages" if "messages" in names else None
+        if column is None:
+            raise DataError(_no_field(field, list(names), str(path)))
+        return [column]
+
+    for where, record in parquet_records(path, columns):
+        yield _text(record, field, tokenizer, where)
 
 
 def _text(record: Any, field: str, tokenizer: Any, where: str) -> str:
