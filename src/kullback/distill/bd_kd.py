@@ -1,0 +1,385 @@
+"""BD-KD: forward and reverse KL, weighted sample by sample by which of two networks is the more uncertain.
+
+With p = softmax(teacher / T), q = softmax(student / T), H the Shannon entropy at the gate's own temperature (1), and y
+the label, the student and, in online distillation, the teacher minimise
+
+    student:  CE(student, y) + alpha T^2 mean [ w_F KL(p||q) + w_R KL(q||p) ],    gap = H(q) - H(p),
+    teacher:  CE(teacher, y) + alpha T^2 mean KL(p||q), differentiated through p,
+
+with (w_F, w_R) = (1, delta) where gap > 0, to sharpen a student less sure than its teacher, (delta, 1) where gap < 0,
+to flatten one surer than it, and (1, 1) at a tie. The gate is a constant. In other words, delta goes to the KL whose
+first argument is the less certain of the two: as a value the sum is symmetric, and delta = 1 makes it Jeffreys'.
+Source: Amara et al. 2022 (arXiv 2212.12965); the paper's own delta is not known to us, public baselines take 2 or 3.
+
+Shapes: logits and log-probabilities [..., V], labels, masks and weights [...]; nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.reduce import masked_mean
+from kullback.divergences import kl, reverse_kl
+from kullback.divergences.fused import carry_nan, check_pair, log_ratio
+
+__all__ = ["BalanceWeights", "Gate", "Mode", "balanced_kl", "bdkd_loss", "bdkd_teacher_loss", "bdkd_weights"]
+
+Mode = Literal["bdkd", "bdkd_inverse", "bdkd_soft", "jeffreys", "reverse", "dml"]
+Gate = Literal["entropy", "confidence", "label"]
+_BLOCK = 2**17  # numbers a thread takes at a time on a CPU, so that what it holds stays in the cache
+
+
+class BalanceWeights(NamedTuple):
+    """The weight [...] of KL(teacher||student), forward, and of KL(student||teacher), reverse; both constants."""
+
+    forward: Tensor
+    reverse: Tensor
+
+
+class _Rule(NamedTuple):
+    """How the weights come from the gap."""
+
+    mode: Mode
+    delta: float
+    gate: Gate
+    power: float
+    width: float | None
+
+
+def _rule(mode: Mode, delta: float, gate: Gate, power: float, width: float | None) -> _Rule:
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if gate not in get_args(Gate):
+        raise ConfigError(f"gate is one of {', '.join(get_args(Gate))}, not {gate!r}")
+    if not 1.0 <= delta < math.inf:
+        raise ConfigError(f"delta multiplies the favoured divergence and is at least 1, got {delta}")
+    if not 0.0 < power < math.inf:
+        raise ConfigError(f"the gate's temperature and power are positive numbers, and the power is {power}")
+    if (mode == "bdkd_soft") != (width is not None):
+        raise ConfigError('mode="bdkd_soft" and width go together: width is the gap, in nats, at which the gate opens')
+    if width is not None and not width > 0.0:
+        raise ConfigError(f"width is the scale of a smooth gate and must be positive, got {width}")
+    return _Rule(mode, float(delta), gate, float(power), width)
+
+
+# --- the gate
+
+
+def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
+    return -(p * log_p.clamp(min=-1e38)).sum(-1)
+
+
+def _certainty(log_p: Tensor, p: Tensor, rule: _Rule, labels: Tensor | None) -> Tensor:
+    """How sure of itself a distribution is, [...]: minus its entropy, its largest entry, or that of the label."""
+    if rule.power != 1.0:
+        log_p = torch.log_softmax(log_p * rule.power, -1)
+        p = log_p.exp()
+    if rule.gate == "entropy":
+        return -_entropy(log_p, p)
+    if rule.gate == "confidence" or labels is None:
+        return p.amax(-1)
+    return p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def _gap(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, rule: _Rule, labels: Tensor | None) -> Tensor:
+    """How much surer of itself the teacher is than the student, [...]."""
+    if rule.mode in ("dml", "reverse", "jeffreys"):  # which have no gate
+        return log_p.new_zeros(log_p.shape[:-1])
+    return _certainty(log_p, p, rule, labels) - _certainty(log_q, q, rule, labels)
+
+
+def _weights(gap: Tensor, rule: _Rule) -> BalanceWeights:
+    """From the gap [...], which is positive where the student is the less sure of the two."""
+    one = torch.ones_like(gap)
+    if rule.mode == "dml":
+        return BalanceWeights(one, 0.0 * one)
+    if rule.mode == "reverse":
+        return BalanceWeights(0.0 * one, one)
+    if rule.mode == "jeffreys":
+        return BalanceWeights(one, one)
+    if rule.width is not None:
+        share = torch.sigmoid(gap / rule.width)
+    else:
+        share = (gap > 0).to(gap.dtype)
+    other = (gap < 0).to(gap.dtype) if rule.width is None else 1.0 - share
+    extra = rule.delta - 1.0
+    weights = BalanceWeights(1.0 + extra * other, 1.0 + extra * share)
+    return BalanceWeights(weights.reverse, weights.forward) if rule.mode == "bdkd_inverse" else weights
+
+
+@torch.no_grad()
+def bdkd_weights(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    delta: float = 2.0,
+    mode: Mode = "bdkd",
+    gate: Gate = "entropy",
+    gate_temperature: float = 1.0,
+    width: float | None = None,
+) -> BalanceWeights:
+    """The weights [...] of forward and reverse KL for logits [..., V]; no gradient passes through them.
+
+    gate: what is compared at gate_temperature: "entropy", the "confidence" in the likeliest class, or the probability
+    of the "label", for which labels [...] are needed. At a high temperature all entropies are nearly log V and the gap
+    is lost, hence 1. mode: "bdkd"; "bdkd_inverse" exchanges the weights (a control); "bdkd_soft" moves delta - 1 from
+    one to the other as sigmoid(gap / width), so that they add up to 1 + delta; "jeffreys" (1, 1), "reverse" (0, 1) and
+    "dml" (1, 0) have no gate. Raises ShapeError for different shapes, ConfigError for a wrong option.
+
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.2, 0.1, 0.0, -0.1]])
+    >>> student = torch.tensor([[0.5, 0.2, 0.1, 0.0], [2.0, 0.0, -1.0, -1.0]])
+    >>> bdkd_weights(teacher, student)
+    BalanceWeights(forward=tensor([1., 2.]), reverse=tensor([2., 1.]))
+    """
+    if not gate_temperature > 0.0:
+        raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
+    rule = _rule(mode, delta, gate, 1.0, width)
+    labels = _gate_labels(rule, labels, teacher_logits)
+    log_p, log_q = _pair(teacher_logits, student_logits, gate_temperature)
+    return _weights(_gap(log_p, log_q, log_p.exp(), log_q.exp(), rule, labels), rule)
+
+
+def _gate_labels(rule: _Rule, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+    if rule.gate != "label":
+        return None
+    if labels is None:
+        raise ConfigError('gate="label" compares the probability of the label: give labels')
+    _check_labels(labels, logits)
+    return labels
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:-1]:
+        raise ShapeError(f"labels have shape {tuple(labels.shape)}, the rows {tuple(logits.shape[:-1])}: one a row")
+    wrong = (labels != -100) & ((labels < 0) | (labels >= logits.shape[-1]))
+    if bool(wrong.any()):
+        raise DataError(
+            f"labels are classes from 0 to {logits.shape[-1] - 1}, or -100 for a row that has none; "
+            f"one is {int(labels[wrong][0])}"
+        )
+
+
+def _pair(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if teacher_logits.shape != student_logits.shape or teacher_logits.ndim == 0:
+        raise ShapeError(
+            f"teacher logits have shape {tuple(teacher_logits.shape)} and student logits {tuple(student_logits.shape)}:"
+            " both must have the same rows and classes, so cut a padded vocabulary to the shared one"
+        )
+    teacher, student = check_pair(teacher_logits, student_logits)
+    if temperature != 1.0:
+        teacher, student = teacher / temperature, student / temperature
+    return torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
+
+
+# --- the balanced divergence, with its closed gradient
+
+
+class _Balanced(NamedTuple):
+    """Per row [...]: the weighted value, which alone is differentiable, its two parts, and the weights."""
+
+    value: Tensor
+    forward: Tensor
+    reverse: Tensor
+    weights: BalanceWeights
+
+
+def _rows(
+    log_p: Tensor, log_q: Tensor, labels: Tensor | None, rule: _Rule, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Value, forward, reverse, both weights and both gradients, up to what log_softmax projects away."""
+    p, q = log_p.exp(), log_q.exp()
+    weights = _weights(_gap(log_p, log_q, p, q, rule, labels), rule)
+    ratio = log_ratio(log_p, log_q)
+    no_q, no_p = ratio.amax(-1) == math.inf, ratio.amin(-1) == -math.inf
+    ratio.clamp_(-1e30, 1e30)  # an infinite row is infinite already; times delta and 0 this must stay a number
+    by_p, by_q = p * ratio, ratio.mul_(q)
+    forward = carry_nan(by_p.sum(-1).masked_fill(no_q, math.inf), log_p, log_q)
+    reverse = carry_nan((-by_q.sum(-1)).masked_fill(no_p, math.inf), log_p, log_q)
+    parts = [(w * part).masked_fill(w == 0, 0.0) for w, part in zip(weights, (forward, reverse))]
+    first, second = weights.forward.unsqueeze(-1), weights.reverse.unsqueeze(-1)
+    grad_p = by_p.mul_(first).sub_(q.mul_(second)) if needs[0] else None
+    grad_q = by_q.mul_(second).add_(p.mul_(first)).neg_() if needs[1] else None
+    return parts[0] + parts[1], forward, reverse, *weights, grad_p, grad_q
+
+
+def _blocks(log_p: Tensor, log_q: Tensor, labels: Tensor | None, rule: _Rule, needs: tuple[bool, bool]) -> list[Any]:
+    """The same for rows [N, V], on a CPU a block of rows at a time."""
+    step = max(_BLOCK * torch.get_num_threads() // max(log_p.shape[-1], 1), 1)
+    if log_p.device.type != "cpu" or len(log_p) <= step:
+        return list(_rows(log_p, log_q, labels, rule, needs))
+    found: list[Any] = [log_p.new_empty(len(log_p)) for _ in range(5)]
+    found += [torch.empty_like(log_p, memory_format=torch.contiguous_format) if need else None for need in needs]
+    for begin in range(0, len(log_p), step):
+        part = slice(begin, begin + step)
+        inside = None if labels is None else labels[part]
+        for whole, piece in zip(found, _rows(log_p[part], log_q[part], inside, rule, needs)):
+            if whole is not None and piece is not None:
+                whole[part] = piece
+    return found
+
+
+class _BalancedKL(torch.autograd.Function):
+    """The gradient is taken with the value; the gate is a constant in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None, rule: _Rule, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, ...]:
+        *found, grad_p, grad_q = _blocks(log_p.detach(), log_q.detach(), labels, rule, needs)
+        ctx.needs = needs
+        ctx.save_for_backward(*[gradient for gradient in (grad_p, grad_q) if gradient is not None])
+        ctx.mark_non_differentiable(*found[1:])
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        by_p, by_q = (next(saved) * grad.unsqueeze(-1) if need else None for need in ctx.needs)
+        return by_p, by_q, None, None, None
+
+
+def _balanced(log_p: Tensor, log_q: Tensor, rule: _Rule, labels: Tensor | None = None) -> _Balanced:
+    log_p, log_q = check_pair(log_p, log_q)
+    outcomes, rows = log_p.shape[-1], log_p.shape[:-1]
+    recording = torch.is_grad_enabled()
+    needs = recording and log_p.requires_grad, recording and log_q.requires_grad
+    flat = log_p.reshape(-1, outcomes), log_q.reshape(-1, outcomes)
+    found = _BalancedKL.apply(*flat, None if labels is None else labels.reshape(-1), rule, needs)
+    value, forward, reverse, first, second = (x.view(rows) for x in found)
+    return _Balanced(value, forward, reverse, BalanceWeights(first, second))
+
+
+def balanced_kl(
+    log_p: Tensor,
+    log_q: Tensor,
+    *,
+    delta: float = 2.0,
+    mode: Mode = "bdkd",
+    gate: Literal["entropy", "confidence"] = "entropy",
+    power: float = 1.0,
+    width: float | None = None,
+) -> Tensor:
+    """w_F KL(p||q) + w_R KL(q||p), weighted as in `bdkd_weights`: a Divergence, [..., V] to [...], in nats.
+
+    power: the gate compares p^power and q^power, normalised; with power=T it sees distributions taken at temperature T
+    as they are at temperature 1, so an Objective at T takes partial(balanced_kl, power=T). Differentiable once in both
+    arguments, the gate held constant; both KLs, both entropies and the gradient come out of one pass.
+    Raises ShapeError when the shapes differ, ConfigError for options out of range.
+
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> balanced_kl(p, q)
+    tensor(0.9704)
+    """
+    if gate == "label":
+        raise ConfigError('balanced_kl sees no labels: gate="label" belongs to bdkd_loss')
+    return _balanced(log_p, log_q, _rule(mode, delta, gate, power, width)).value
+
+
+# --- losses
+
+
+def bdkd_loss(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    delta: float = 2.0,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    squared_temperature: bool = True,
+    mode: Mode = "bdkd",
+    gate: Gate = "entropy",
+    gate_temperature: float = 1.0,
+    width: float | None = None,
+    teacher_entropy: bool = True,
+    mask: Tensor | None = None,
+    count: Tensor | float | None = None,
+) -> dict[str, Tensor]:
+    """The student's loss from logits [..., V]: a mapping of scalars, "loss" and its unweighted parts.
+
+    The teacher is a constant. loss = cross_entropy + alpha T^2 distillation, with distillation the mean of
+    w_F forward + w_R reverse; reverse_share is the share of rows whose reverse KL has the larger weight. labels [...]:
+    -100 is left out; without labels there is no cross_entropy. teacher_entropy: False leaves it out of the forward
+    part, which then is cross-entropy with the teacher's distribution, as in later work on language models; the gradient
+    is the same. mode, gate and width as in `bdkd_weights`. mask [...]: the rows that count; count: what sums are
+    divided by instead of their number. Raises ShapeError, DataError for labels out of range, or ConfigError.
+
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.2, 0.1, 0.0, -0.1]])
+    >>> student = torch.tensor([[0.5, 0.2, 0.1, 0.0], [2.0, 0.0, -1.0, -1.0]])
+    >>> bdkd_loss(teacher, student, temperature=1.0)["loss"], bdkd_loss(teacher, student, temperature=4.0)["loss"]
+    (tensor(1.5095), tensor(1.6933))
+    """
+    if not temperature > 0.0 or not gate_temperature > 0.0:
+        raise ConfigError(f"temperatures must be positive and are {temperature} and, of the gate, {gate_temperature}")
+    rule = _rule(mode, delta, gate, temperature / gate_temperature, width)
+    gate_labels = _gate_labels(rule, labels, teacher_logits)
+    log_p, log_q = _pair(teacher_logits.detach(), student_logits, temperature)
+    found = _balanced(log_p, log_q, rule, gate_labels)
+    value, forward = found.value, found.forward
+    if not teacher_entropy:
+        entropy = _entropy(log_p, log_p.exp())
+        value, forward = value + found.weights.forward * entropy, forward + entropy
+    parts = {
+        "distillation": value,
+        "forward": forward,
+        "reverse": found.reverse,
+        "reverse_share": (found.weights.reverse > found.weights.forward).to(value.dtype),
+    }
+    return _summed(parts, student_logits, labels, alpha * (temperature**2 if squared_temperature else 1.0), mask, count)
+
+
+def _summed(
+    parts: dict[str, Tensor],
+    logits: Tensor,
+    labels: Tensor | None,
+    weight: float,
+    mask: Tensor | None,
+    count: Tensor | float | None,
+) -> dict[str, Tensor]:
+    """Means of the parts over the rows that count, with cross-entropy where there are labels, and the loss in front."""
+    if labels is not None:
+        _check_labels(labels, logits)
+        mask = labels != -100 if mask is None else mask.bool() & (labels != -100)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        rows = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1)
+        hard = torch.nn.functional.cross_entropy(*rows, reduction="none")
+        parts = {**parts, "cross_entropy": hard.view(labels.shape)}
+    means = {name: masked_mean(part, mask, count=count) for name, part in parts.items()}
+    loss = weight * means["distillation"]
+    return {"loss": loss + means["cross_entropy"] if labels is not None else loss, **means}
+
+
+def bdkd_teacher_loss(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 1.0,
+    squared_temperature: bool = True,
+    mode: Mode = "bdkd",
+    mask: Tensor | None = None,
+    count: Tensor | float | None = None,
+) -> dict[str, Tensor]:
+    """The teacher's loss in online distillation: its cross-entropy and KL(teacher||student) with the student constant.
+
+    The gradient passes through the first argument: the teacher keeps its own modes. mode="dml" takes KL(student||
+    teacher) instead, as deep mutual learning does (Zhang et al. 2018); the other modes do not differ here. Shapes,
+    labels, mask and count as in `bdkd_loss`.
+    """
+    if not temperature > 0.0:
+        raise ConfigError(f"temperature must be positive and is {temperature}")
+    _rule("jeffreys" if mode == "bdkd_soft" else mode, 1.0, "entropy", 1.0, None)
+    divergence: Callable[[Tensor, Tensor], Tensor] = reverse_kl if mode == "dml" else kl
+    log_p, log_q = _pair(teacher_logits, student_logits.detach(), temperature)
+    weight = alpha * (temperature**2 if squared_temperature else 1.0)
+    return _summed({"distillation": divergence(log_p, log_q)}, teacher_logits, labels, weight, mask, count)
