@@ -124,12 +124,52 @@ def test_a_signal_saves_and_says_how_far_it_came(config, tmp_path):
         assert torch.equal(tensor, weights(resumed.path)[name]), name
 
 
-@pytest.mark.parametrize("name", ["reverse-kl", "jsd", "total-variation", "cauchy-schwarz", "sinkd"])
+@pytest.mark.parametrize("name", ["reverse-kl", "jsd", "total-variation", "cauchy-schwarz", "sinkd", "pld"])
 def test_every_kind_of_objective_trains(config, tmp_path, name):
     run = job.run(with_training(with_objective(config, name=name), steps=3), tmp_path / "run")
     values = losses(run.path)
     assert math.isfinite(values[3])
     assert values[3] < values[0]
+
+
+def test_an_objective_has_the_share_of_cross_entropy_that_suits_it():
+    shares = {name: job.objective_of(job.ObjectiveConfig(name=name)).cross_entropy for name in ("kl", "sinkd", "pld")}
+    assert shares == {"kl": 0.2, "sinkd": 0.2, "pld": 0.0}
+    assert job.objective_of(job.ObjectiveConfig(name="pld", cross_entropy=0.3)).cross_entropy == 0.3
+
+
+def test_options_are_numbers_of_the_kind_that_an_objective_takes():
+    def made(**values):
+        return job.objective_of(job.ObjectiveConfig(**values))
+
+    assert made(name="sinkd", options={"rows": 64.0, "eps": 1}).batch_rows == 64
+    for values, message in (
+        ({"name": "pld", "options": {"tau": 2.0}}, "takes no option 'tau': it takes topk, weights"),
+        ({"name": "pld", "options": {"topk": 2.5}}, "topk is like 64, got 2.5"),
+        ({"name": "pld", "options": {"topk": "many"}}, "topk is like 64, got 'many'"),
+        ({"name": "pld", "options": {"topk": 0}}, "topk counts the picks"),
+        ({"name": "pld", "options": {"weights": "rising"}}, "not 'rising'"),
+        ({"name": "pld", "temperature": -1.0}, "temperature must be positive"),
+        ({"name": "pld", "squared_temperature": True}, "squared_temperature would do nothing to pld"),
+        ({"name": "sinkd", "options": {"reduction": "sum"}}, "takes no option 'reduction'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            made(**values)
+
+
+def test_what_an_objective_cannot_do_is_said_before_the_run(config, tmp_path):
+    settings = TeacherCacheConfig(teacher=config.teacher, data=config.data, kept=20)
+    teacher_cache.run(settings, tmp_path / "cache")
+    cached = replace(config, teacher=str(tmp_path / "cache"))
+    for bad, message in (
+        (with_objective(cached, name="pld"), "pld compares whole distributions, and a cache or a server"),
+        (with_objective(cached, name="sinkd"), "sinkd compares whole distributions"),
+        (with_objective(replace(config, teacher="http://localhost:1"), name="pld"), "pld compares whole distributions"),
+        (with_objective(config, name="pld", on_policy=0.5, prompt=4), "no labels but the student's own samples"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            job.run(bad, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_head_padded_further_is_compared_on_the_common_part(config, world, tmp_path):

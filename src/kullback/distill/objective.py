@@ -1,5 +1,7 @@
 r"""What a distilled student minimises:  (1 - c) \* D(teacher || student) + c \* cross-entropy + w \* batch term.
 
+Where there is a row term, a loss that looks at the labels too, it takes the place of D.
+
 Shapes: B batch, T positions, N = B (T - 1) predictions, H hidden size, V vocabulary, K tokens kept of a teacher.
 """
 
@@ -20,6 +22,7 @@ from kullback.divergences import FDivergence
 __all__ = ["Objective"]
 
 BatchTerm = Callable[[Tensor, Tensor], Tensor]
+RowTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,15 +32,18 @@ class Objective:
     divergence: compares next-token distributions at `temperature`, as an FDivergence also those of a teacher with a
     sampled tail; cross_entropy: its share in [0, 1], the divergence
     has the rest; squared_temperature: multiply the divergence by T^2, which keeps its gradient's size (Hinton et al.
-    2015); batch_term: an optional loss over the rows of a batch, (teacher logits [n, V], student logits [n, V]) -> mean
-    over rows, weighted by batch_weight and taken on at most batch_rows rows. Raises ConfigError for values out of
-    range.
+    2015); row_term: an optional loss that wants the labels too, (teacher logits [n, V], student logits [n, V], labels
+    [n]) -> [n], in the place of the divergence, which then is only what one measures; it sees whole logits, and both
+    temperature options are its own matter; batch_term: an optional loss over the rows of a batch, (teacher logits
+    [n, V], student logits [n, V]) -> mean over rows, weighted by batch_weight and taken on at most batch_rows rows.
+    Raises ConfigError for values out of range, and for a temperature beside a row_term.
     """
 
     divergence: Divergence
     cross_entropy: float = 0.0
     temperature: float = 1.0
     squared_temperature: bool = False
+    row_term: RowTerm | None = None
     batch_term: BatchTerm | None = None
     batch_weight: float = 0.0
     batch_rows: int = 1024
@@ -47,14 +53,26 @@ class Objective:
             raise ConfigError(f"the share of cross-entropy must lie in [0, 1], got {self.cross_entropy}")
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be > 0, got {self.temperature}")
+        if self.row_term is not None and (self.temperature != 1 or self.squared_temperature):
+            raise ConfigError("a row_term gets whole logits: bind a temperature to it, and leave this one at 1")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss looks at the teacher at all; plain cross-entropy does not."""
         return self.cross_entropy < 1 or self.batch_term is not None
 
+    @property
+    def needs_whole_teacher(self) -> bool:
+        """Whether the loss wants all logits of the teacher, which a cache and a server do not have."""
+        return self.row_term is not None or self.batch_term is not None
+
     def on_own_samples(self) -> Objective:
-        """The same objective without cross-entropy, which on the student's own samples would only praise them."""
+        """The same objective without cross-entropy, which on the student's own samples would only praise them.
+
+        Raises ConfigError where nothing is left, and for a row_term, to which these samples would be the labels.
+        """
+        if self.row_term is not None:
+            raise ConfigError("on-policy steps have no labels but the student's own samples: choose a divergence there")
         if self.cross_entropy == 1:
             raise ConfigError("on-policy steps need a divergence: set the share of cross-entropy below 1")
         return replace(self, cross_entropy=0.0)
@@ -107,9 +125,12 @@ class Objective:
             raise ConfigError("a divergence needs a teacher: give its output, or set the share of cross-entropy to 1")
 
         def row_loss(rows: slice, *logits: Tensor) -> Tensor:
-            log_q = _log_softmax(logits[-1])
+            bare = self.row_term is not None and not hard  # then no term asks for log-probabilities
+            log_q = _wide(logits[-1]) if bare else _log_softmax(logits[-1])
             values = torch.zeros(log_q.shape[:-1], dtype=log_q.dtype, device=log_q.device)
-            if soft and target is not None:
+            if soft and target is not None and self.row_term is not None:
+                values = soft * self.row_term(_chunk_logits(target, rows, logits), _wide(logits[-1]), labels[rows])
+            elif soft and target is not None:
                 tempered = log_q if self.temperature == 1.0 else _log_softmax(logits[-1], self.temperature)
                 values = soft * self._to_teacher(target, rows, logits, tempered)
             if hard:
@@ -120,8 +141,7 @@ class Objective:
 
     def _to_teacher(self, target: TeacherOutput, rows: slice, logits: tuple[Tensor, ...], log_q: Tensor) -> Tensor:
         if target.top_ids is None:
-            whole = logits[0] if target.logits is None else target.logits[rows]
-            return self.divergence(_log_softmax(whole, self.temperature), log_q)
+            return self.divergence(_log_softmax(_chunk_logits(target, rows, logits), self.temperature), log_q)
         if target.top_log_probs is None or target.tail_log_prob is None:
             raise ConfigError("a truncated teacher gives top_ids, top_log_probs and tail_log_prob together")
         top = target.top_ids[rows], target.top_log_probs[rows], target.tail_log_prob[rows]
@@ -162,6 +182,13 @@ def _head(target: TeacherOutput) -> LinearHead:
     return LinearHead(target.hidden, target.weight, target.bias)
 
 
+def _chunk_logits(target: TeacherOutput, rows: slice, logits: tuple[Tensor, ...]) -> Tensor:
+    """The teacher's logits of a chunk: before the student's where they come from its head."""
+    if target.top_ids is not None:
+        raise ConfigError("a row term sees whole distributions: give a live teacher, not a truncated one")
+    return logits[0] if target.logits is None else target.logits[rows]
+
+
 def _logits(target: TeacherOutput, rows: Tensor | slice = slice(None)) -> Tensor:
     """The teacher's whole logits at some rows; ConfigError for a truncated teacher, which has none."""
     if target.top_ids is not None:
@@ -172,6 +199,10 @@ def _logits(target: TeacherOutput, rows: Tensor | slice = slice(None)) -> Tensor
     return torch.nn.functional.linear(head.hidden[rows], head.weight, head.bias)
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = _wide(logits)
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ from kullback.jobs._training import Listener, TrainingConfig
 
 if TYPE_CHECKING:
     from kullback.distill.objective import Objective
+
+_LABELS = 0.2  # the share of cross-entropy where none is named
+_SHARED = ("cross_entropy", "temperature", "squared_temperature")  # what an objective may take from its configuration
 
 __all__ = [
     "DistillConfig", "LoraSettings", "ObjectiveConfig", "TextConfig",
@@ -37,14 +42,17 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimised: `name`, a divergence of the family or "sinkd", with its options, mixed with cross-entropy.
+    """What is minimised: `name`, a divergence of the family, "sinkd" or "pld", with its options, mixed with
+    cross-entropy.
 
-    on_policy: the share of steps on the student's own continuations of `prompt` tokens.
+    cross_entropy: its share; left out, it is 0.2, and 0 for pld, which holds the label already. temperature: of both
+    models' distributions, and for pld of the teacher's weights. on_policy: the share of steps on the student's own
+    continuations of `prompt` tokens.
     """
 
     name: str = "kl"
     options: dict[str, float | str] = field(default_factory=dict)
-    cross_entropy: float = 0.2
+    cross_entropy: float | None = None
     temperature: float = 1.0
     squared_temperature: bool = False
     on_policy: float = 0.0
@@ -122,37 +130,78 @@ def plan(config: DistillConfig) -> dict[str, Any]:
 
 def objective_of(config: ObjectiveConfig) -> Objective:
     """The Objective that a configuration names. Raises ConfigError for an unknown name or option."""
+    from kullback.distill.objective import Objective
+    from kullback.divergences import F_NAMES, f_divergence, named
+
+    name = config.name.replace("-", "_")
+    builder = _builders().get(name)
+    if builder is not None:
+        return builder(**_keywords(name, builder, config))
+    divergence = f_divergence if name in F_NAMES else named
+    return Objective(
+        divergence=divergence(name, **config.options),
+        cross_entropy=_LABELS if config.cross_entropy is None else config.cross_entropy,
+        temperature=config.temperature,
+        squared_temperature=config.squared_temperature,
+    )
+
+
+def _builders() -> dict[str, Callable[..., Objective]]:
+    """The objectives that are more than a divergence: what makes each, by name.
+
+    A builder takes keywords that have defaults, numbers or strings: those of `_SHARED` that mean something to it, and
+    its own options. Whether it can do with a truncated teacher or the student's own samples, the Objective says.
+    """
+    from kullback.distill.pld import pld_objective
+
+    return {"pld": pld_objective, "sinkd": _sinkd}
+
+
+def _sinkd(
+    *, weight: float = 0.8, rows: int = 1024, tau: float = 2.0, eps: float = 0.1, n_iters: int = 20,
+    mode: str = "batchwise", estimator: str = "sharp", gradient: str = "envelope", cost: str = "l1", gather: int = 0,
+    cross_entropy: float = _LABELS, temperature: float = 1.0, squared_temperature: bool = False,
+) -> Objective:  # fmt: skip
+    """KL with the Sinkhorn distance of `rows` rows beside it."""
     from functools import partial
 
     from kullback.distill.objective import Objective
     from kullback.distill.sinkd import sinkd_loss
-    from kullback.divergences import F_NAMES, f_divergence, kl, named
+    from kullback.divergences import kl
 
-    shared: dict[str, Any] = {
-        "cross_entropy": config.cross_entropy,
-        "temperature": config.temperature,
-        "squared_temperature": config.squared_temperature,
-    }
-    if config.name != "sinkd":
-        name = config.name.replace("-", "_")
-        divergence = f_divergence if name in F_NAMES else named
-        return Objective(divergence=divergence(name, **config.options), **shared)
-    options: dict[str, Any] = {"weight": 0.8, "rows": 1024, **config.options}
-    weight, rows = float(options.pop("weight")), int(options.pop("rows"))
-    term = partial(sinkd_loss, reduction="mean", **_keywords(sinkd_loss, options))
-    return Objective(divergence=kl, batch_term=term, batch_weight=weight, batch_rows=rows, **shared)
+    options: dict[str, Any] = {
+        "tau": tau, "eps": eps, "n_iters": n_iters, "mode": mode, "estimator": estimator, "gradient": gradient,
+        "cost": cost, "gather": bool(gather), "reduction": "mean",
+    }  # fmt: skip
+    return Objective(
+        divergence=kl, batch_term=partial(sinkd_loss, **options), batch_weight=weight, batch_rows=rows,
+        cross_entropy=cross_entropy, temperature=temperature, squared_temperature=squared_temperature,
+    )  # fmt: skip
 
 
-def _keywords(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options as keywords of `function`, whole numbers where it counts. ConfigError for one it does not take."""
-    from inspect import signature
+def _keywords(name: str, builder: Callable[..., Any], config: ObjectiveConfig) -> dict[str, Any]:
+    """What the configuration says to a builder. ConfigError for what it does not take or cannot read."""
+    takes = {p.name: p.default for p in signature(builder).parameters.values() if p.kind is Parameter.KEYWORD_ONLY}
+    own = sorted(takes.keys() - set(_SHARED))
+    for option in config.options:
+        if option not in own:
+            raise ConfigError(f"{name} takes no option {option!r}: it takes {', '.join(own)}")
+    unsaid = {part.name: part.default for part in fields(ObjectiveConfig)}
+    said = {key: getattr(config, key) for key in _SHARED if getattr(config, key) != unsaid[key]}
+    for key in said.keys() - takes.keys():
+        raise ConfigError(f"objective.{key} would do nothing to {name}: leave it out")
+    return {key: _like(key, value, takes[key]) for key, value in {**said, **config.options}.items()}
 
-    defaults = {name: p.default for name, p in signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    offered = {name for name, default in defaults.items() if isinstance(default, (int, float, str))} - {"reduction"}
-    for name in options:
-        if name not in offered:
-            raise ConfigError(f"sinkd takes no option {name!r}: it takes weight, rows, {', '.join(sorted(offered))}")
-    return {name: type(defaults[name])(value) for name, value in options.items()}
+
+def _like(key: str, value: Any, default: Any) -> Any:
+    """The value in the type of a default: whole numbers where it counts."""
+    try:
+        found = type(default)(value)
+    except ValueError:
+        found = None
+    if found is None or (not isinstance(default, str) and found != float(value)):
+        raise ConfigError(f"objective.options.{key} is like {default!r}, got {value!r}")
+    return found
 
 
 def check(config: DistillConfig) -> None:
@@ -180,6 +229,22 @@ def check(config: DistillConfig) -> None:
         raise ConfigError(
             "the baseline is cross-entropy alone, and so is this objective: lower objective.cross_entropy"
         )
+    _check_objective(config)
+
+
+def _check_objective(config: DistillConfig) -> None:
+    """Raise ConfigError for an objective that its teacher or its texts cannot serve."""
+    from kullback.distill.teachers import is_teacher_cache
+
+    name, teacher, objective = config.objective.name, config.teacher, objective_of(config.objective)
+    truncated = teacher.startswith(("http://", "https://")) or (teacher != "" and is_teacher_cache(teacher))
+    if truncated and objective.needs_whole_teacher:
+        raise ConfigError(
+            f"{name} compares whole distributions, and a cache or a server has the likeliest tokens alone, the label "
+            "not always among them: name the teacher's model directory as the teacher"
+        )
+    if config.objective.on_policy:
+        objective.on_own_samples()
 
 
 def baseline_of(config: DistillConfig) -> ObjectiveConfig:

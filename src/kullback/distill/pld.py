@@ -1,0 +1,113 @@
+r"""PLD: the student reproduces one ranking, the label first and the other classes as the teacher orders them.
+
+    L = sum_k alpha_k (log sum_{l >= k} exp(s_{pi_l}) - s_{pi_k}),    alpha_k = softmax(t / tau)_{pi_k},
+
+which has cross-entropy with the label as its first term: there is no weight to tune between label and teacher. The loss
+itself is `kullback.divergences.plackett_luce.pld_loss`; here it is a module for classifiers, whose rankings can be kept
+so that the teacher runs once, and an objective for language models. `kullback.distill.PLDTrainer` trains with it.
+Source: arXiv 2506.12542.
+
+Shapes: logits [..., V], labels [...], rankings [..., K] with K <= V picks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kullback.core.errors import ShapeError
+from kullback.core.reduce import masked_mean
+from kullback.distill.objective import Objective
+from kullback.divergences import kl
+from kullback.divergences.plackett_luce import Ranking, RankWeights, listwise_loss, pld_loss, ranking_of
+
+__all__ = ["PLDLoss", "pld_objective"]
+
+
+class PLDLoss(nn.Module):
+    """The mean PLD loss over rows with a label, in place of cross-entropy and KL together.
+
+    temperature: of the teacher's weights alone (the paper: 1 on ImageNet, 4 on CIFAR-100); weights: by rank, as in
+    `rank_weights`; topk: the first so many picks, the label among them; ignore_index: the label of rows that do not
+    count. Raises what `pld_loss` raises.
+
+    >>> loss, t, s = PLDLoss(), torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    >>> loss(t, s, torch.tensor([1]))
+    tensor(0.9193)
+    >>> loss.of_ranking(loss.ranking(t, torch.tensor([1])), s, torch.tensor([1]))
+    tensor(0.9193)
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        weights: RankWeights | Tensor = "teacher",
+        topk: int | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.topk, self.ignore_index = temperature, topk, ignore_index
+        self.kind = None if isinstance(weights, Tensor) else weights
+        self.register_buffer("by_rank", weights if isinstance(weights, Tensor) else None)
+
+    @property
+    def weights(self) -> RankWeights | Tensor:
+        """The weights by rank, as they were given."""
+        return self.by_rank if self.kind is None else self.kind  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        kind = "by rank" if self.kind is None else self.kind
+        return f"temperature={self.temperature}, weights={kind}, topk={self.topk}"
+
+    def forward(
+        self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, *, count: Tensor | float | None = None
+    ) -> Tensor:
+        """The scalar loss of logits [..., V] and labels [...]; count: what the sum is divided by, not the rows kept."""
+        return pld_loss(
+            teacher_logits, student_logits, labels, temperature=self.temperature, weights=self.weights, topk=self.topk,
+            ignore_index=self.ignore_index, count=count,
+        )  # fmt: skip
+
+    def ranking(self, teacher_logits: Tensor, labels: Tensor) -> Ranking:
+        """Order and weights [..., K] of every row, to keep for later epochs; rows that do not count weigh nothing."""
+        kept = labels != self.ignore_index
+        found = ranking_of(
+            teacher_logits[kept], labels[kept], temperature=self.temperature, weights=self.weights, topk=self.topk
+        )
+        picks = found.order.shape[-1]
+        order = torch.arange(picks, dtype=found.order.dtype, device=labels.device).repeat(*labels.shape, 1)
+        weights = found.weights.new_zeros(order.shape)
+        order[kept], weights[kept] = found
+        return Ranking(order, weights)
+
+    def of_ranking(
+        self, ranking: Ranking, student_logits: Tensor, labels: Tensor, *, count: Tensor | float | None = None
+    ) -> Tensor:
+        """The same scalar loss from what `ranking` gave for these rows."""
+        if not ranking.order.shape[:-1] == student_logits.shape[:-1] == labels.shape:
+            raise ShapeError(
+                f"rankings have rows {tuple(ranking.order.shape[:-1])}, the student {tuple(student_logits.shape[:-1])} "
+                f"and labels {tuple(labels.shape)}: give those of the same rows"
+            )
+        kept = labels != self.ignore_index
+        values = listwise_loss(student_logits[kept], ranking.order[kept], ranking.weights[kept])
+        return masked_mean(values, count=count)
+
+
+def pld_objective(
+    *, topk: int = 64, weights: RankWeights = "teacher", temperature: float = 1.0, cross_entropy: float = 0.0
+) -> Objective:
+    """The objective of a language model that ranks the next token first and then the teacher's others.
+
+    topk: picks of a ranking; the rest of the vocabulary stays in every denominator. temperature: of the teacher's
+    weights; cross_entropy: the label is in the loss already, so a share of it is seldom wanted. It needs whole logits
+    of a live teacher, since the label may be none of its likeliest tokens, and a text, since the student's own samples
+    are no labels. What is measured is KL. Raises ConfigError for weights or numbers that do not exist.
+    """
+    loss = partial(pld_loss, temperature=temperature, weights=weights, topk=topk, reduction="none")
+    one = torch.zeros(1, 1)
+    loss(one, one, torch.tensor([0]))  # what is wrong with the options is said before a run begins
+    return Objective(divergence=kl, row_term=loss, cross_entropy=cross_entropy)
