@@ -16,8 +16,10 @@ from kullback.align.policy_gradient import (
     reduce_tokens,
     reference_penalty,
 )
+from kullback.align.rollouts import Rollouts, pad_left, sample_rollouts
 
 __all__ = [
+    "Rollouts",
     "TokenLogProbs",
     "clipped_policy_loss",
     "clipped_share",
@@ -26,8 +28,10 @@ __all__ = [
     "leave_one_out_baseline",
     "log_probs_from_hidden",
     "log_probs_from_logits",
+    "pad_left",
     "policy_ratio",
     "reduce_tokens",
     "reference_penalty",
+    "sample_rollouts",
     "sequence_log_probs",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kullback.core.errors import ConfigError
+from kullback.decode.ancestral import draw_tokens
 
 __all__ = ["sample_continuations"]
 
@@ -34,18 +35,8 @@ def sample_continuations(
         raise ConfigError(f"length must be over the prompt's {prompt.shape[1]} >= 1 tokens, got {length}")
     if not temperature > 0:
         raise ConfigError(f"temperature must be > 0, got {temperature}")
-    was_training = model.training
-    model.eval()
-    try:
-        tokens, step = prompt, prompt
-        cache: dict[str, Any] = {}
-        while tokens.shape[1] < length:
-            out = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
-            name = "cache" if "cache" in out else "past_key_values"  # before and since transformers 5.24
-            cache = {name: out[name]}
-            probabilities = torch.softmax(out.logits[:, -1, :vocabulary].float() / temperature, -1)
-            step = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat([tokens, step], 1)
-    finally:
-        model.train(was_training)
-    return tokens
+    count = length - prompt.shape[1]
+    drawn = draw_tokens(
+        model, prompt, count=count, generator=generator, temperature=temperature, vocabulary=vocabulary
+    )
+    return torch.cat([prompt, drawn.tokens], 1)
