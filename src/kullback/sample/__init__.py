@@ -2,6 +2,19 @@
 
 from kullback.sample.backward import backward_mean, backward_sample
 from kullback.sample.exact_smoothing import hmm_paths, hmm_smoother, kalman_paths, kalman_smoother
+from kullback.sample.fkc import (
+    FKCInfo,
+    FKCResult,
+    FKCState,
+    Stabilisers,
+    birth_death_step,
+    fkc,
+    fkc_sampler,
+    log_normalizer,
+    systematic_resample,
+)
+from kullback.sample.fkc_paths import EDM, VE, VP, DiffusionPath, gaussian_mixture_path
+from kullback.sample.fkc_targets import Annealed, GeometricMean, LearnedEnergy, ProductOfExperts, RewardTilted
 from kullback.sample.paris import ParisInfo, ParisState, paris
 from kullback.sample.ppg import PPGInfo, PPGState, particle_gibbs, path_statistic, ppg, ppg_rollout
 from kullback.sample.qmc import (
@@ -29,18 +42,28 @@ from kullback.sample.state_space import (
 )
 
 __all__ = [
+    "EDM",
+    "VE",
+    "VP",
     "AdditiveStatistic",
+    "Annealed",
     "BootstrapModel",
+    "DiffusionPath",
     "DigitalNet",
     "DigitalNetB2",
+    "FKCInfo",
+    "FKCResult",
+    "FKCState",
     "FastGP",
     "FastGram",
     "Faure",
     "FiniteModel",
+    "GeometricMean",
     "Halton",
     "KernelDSI",
     "KernelSI",
     "Lattice",
+    "LearnedEnergy",
     "LinearGaussianModel",
     "LinearGaussianProposal",
     "PPGInfo",
@@ -48,15 +71,23 @@ __all__ = [
     "ParisInfo",
     "ParisState",
     "PointSet",
+    "ProductOfExperts",
+    "RewardTilted",
     "Sobol",
+    "Stabilisers",
     "StateSpaceModel",
     "backward_mean",
     "backward_sample",
+    "birth_death_step",
+    "fkc",
+    "fkc_sampler",
+    "gaussian_mixture_path",
     "hmm_paths",
     "hmm_smoother",
     "integrate",
     "kalman_paths",
     "kalman_smoother",
+    "log_normalizer",
     "paris",
     "particle_gibbs",
     "path_statistic",
@@ -65,4 +96,5 @@ __all__ = [
     "score_ascent",
     "score_statistic",
     "stochastic_em",
+    "systematic_resample",
 ]
