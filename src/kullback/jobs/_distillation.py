@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 
-from kullback.core.errors import ConfigError, DataError, KullbackError
-from kullback.core.files import atomic_directory
+from kullback.core.errors import ConfigError, DataError
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.distill._hf import DistillTrainer, LiveTeacher, common_vocabulary
@@ -23,9 +16,10 @@ from kullback.distill.measure import measure
 from kullback.distill.objective import Objective
 from kullback.jobs._checkpoints import RunCheckpoints
 from kullback.jobs._distill_report import write_report
-from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer, merged
+from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer
+from kullback.jobs._parts import processes, quiet_elsewhere, removed_on_error, start_run, train_part
 from kullback.jobs._texts import Texts, pack_texts
-from kullback.jobs._training import Listener, TrainingConfig, on_cpu, train, training_arguments
+from kullback.jobs._training import Listener, TrainingConfig, training_arguments
 from kullback.jobs.distill import DistillConfig, LoraSettings, ObjectiveConfig, baseline_of, check, objective_of
 
 __all__ = ["Distillation", "Part"]
@@ -51,16 +45,19 @@ class Part:
     def name(self) -> str:
         return f"{self.role}-{self.seed}"
 
+    @property
+    def text(self) -> str:
+        what = "cross-entropy alone" if self.role == "baseline" else f"{self.objective.name} to the teacher"
+        return f"{self.role}, seed {self.seed}: {what}"
+
 
 class Distillation:
     """A distill job at work: models and texts are loaded when it is made, then each part is trained."""
 
     def __init__(self, config: DistillConfig, out: Path, *, listen: Listener, resume: bool = False) -> None:
         check(config)
-        self.config, self.out, self.state = config, out, PartialState(cpu=on_cpu())
-        self.listen: Listener = listen if self.state.is_main_process else _say_nothing
-        if config.training.fsdp and self.state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-            raise ConfigError("training.fsdp shards over several processes with an accelerator each: leave it out here")
+        self.config, self.out, self.state = config, out, processes(config.training)
+        self.listen = quiet_elsewhere(listen, self.state)
         fresh = not resume and not out.exists()
         self.divergence = objective_of(config.objective).divergence
         self.teacher_folder, self.tokenizer = self._teacher_and_tokenizer()
@@ -74,12 +71,8 @@ class Distillation:
             )
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.vocabulary = self.vocabulary
-        if self.state.is_main_process:
-            self.run = Run.start(out, config, kind="distill", resume=resume)
-        self.state.wait_for_everyone()
-        if not self.state.is_main_process:
-            self.run = Run.open(out)
-        with _removed_on_error(out if fresh and self.state.is_main_process else None):
+        self.run = start_run(self.state, out, config, kind="distill", resume=resume)
+        with removed_on_error(out if fresh and self.state.is_main_process else None):
             self.texts = self._texts()
 
     @property
@@ -101,25 +94,7 @@ class Distillation:
 
     def train(self, part: Part) -> None:
         """Train one part to its end, from its latest checkpoint; a part that is finished is left as it is."""
-        folder = self.out / "parts" / part.name
-        if (folder / "report.json").exists():
-            return
-        started = time.monotonic()
-        if self.state.is_main_process:
-            run = Run.start(folder, part, kind="distill-part", seed=part.seed, resume=folder.exists())
-        self.state.wait_for_everyone()
-        if not self.state.is_main_process:
-            run = Run.open(folder)
-        self.listen({"kind": "part", "name": part.name, "steps": part.training.steps, "text": _describe(part)})
-        trainer = self.trainer(part, run)
-        train(trainer, run, self.listen, lambda: self.evaluate(trainer), every=part.training.evaluate_every)
-        self._save_student(trainer, folder)
-        if self.state.is_main_process:
-            found = [event for event in run.events() if event["kind"] == "evaluation"]
-            run.report(
-                {"before": _metrics(found[0]), "after": _metrics(found[-1]), "seconds": time.monotonic() - started}
-            )
-        self.state.wait_for_everyone()
+        train_part(self, part, kind="distill-part", metrics=("cross_entropy", "perplexity", "divergence"))
 
     def finish(self) -> Run:
         """Gather the parts into the run's report, samples, curves and model directory (that of the first seed)."""
@@ -176,15 +151,6 @@ class Distillation:
             reduce=trainer.accelerator.reduce if count > 1 else None,
         )  # fmt: skip
 
-    def _save_student(self, trainer: Any, folder: Path) -> None:
-        weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-        if not self.state.is_main_process or (folder / "model").exists():
-            return
-        student = merged(trainer.accelerator.unwrap_model(trainer.model))
-        with atomic_directory(folder / "model") as place:
-            student.save_pretrained(place, state_dict=weights)
-            self.tokenizer.save_pretrained(place)
-
     def _teacher_and_tokenizer(self) -> tuple[str, Any]:
         if self.config.teacher:
             return self.config.teacher, load_tokenizer(self.config.student, role="student")
@@ -226,6 +192,7 @@ class Distillation:
         with self.state.main_process_first():
             return pack_texts(self.config.data, self.tokenizer, self.out / "data", self.listen)
 
+
 def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     ids = torch.stack([item["input_ids"] for item in items])
     return {"input_ids": ids, "labels": ids.clone()}
@@ -242,27 +209,3 @@ def _check_truncated(objective: ObjectiveConfig, *, served: bool) -> None:
         )
     if not served and objective.on_policy:
         raise ConfigError("a cache knows its own texts alone: on-policy steps need a live or served teacher")
-
-
-def _say_nothing(event: Any) -> None:
-    """The listener of all processes but the first."""
-
-
-def _describe(part: Part) -> str:
-    what = "cross-entropy alone" if part.role == "baseline" else f"{part.objective.name} to the teacher"
-    return f"{part.role}, seed {part.seed}: {what}"
-
-
-def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    return {key: event[key] for key in ("cross_entropy", "perplexity", "divergence") if key in event}
-
-
-@contextmanager
-def _removed_on_error(folder: Path | None) -> Iterator[None]:
-    """Leave nothing half-written when the very first steps fail on what the user gave."""
-    try:
-        yield
-    except KullbackError:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
