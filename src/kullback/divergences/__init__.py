@@ -20,6 +20,7 @@ from kullback.divergences.family import FDivergence
 from kullback.divergences.generators import F_NAMES, f_divergence
 from kullback.divergences.options import NAMES, dual, from_logits, log_mixture, mixture, named
 from kullback.divergences.pairwise import pairwise_cost
+from kullback.divergences.plackett_luce import listmle_loss, pl_log_prob, pl_sample, pld_loss
 from kullback.divergences.renyi import renyi
 from kullback.divergences.sinkhorn import sinkhorn_cost, sinkhorn_divergence, sinkhorn_plan
 
@@ -37,12 +38,16 @@ __all__ = [
     "jsd",
     "kl",
     "kl_sampled",
+    "listmle_loss",
     "log_mixture",
     "mixture",
     "named",
     "neyman",
     "pairwise_cost",
     "pearson",
+    "pl_log_prob",
+    "pl_sample",
+    "pld_loss",
     "renyi",
     "reverse_kl",
     "sinkhorn_cost",
