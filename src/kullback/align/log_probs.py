@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kullback.core.chunk import LinearHead, rows_chunked
 from kullback.core.errors import ConfigError, ShapeError
+from kullback.models.heads import has_plain_head, replaced_head
 
 __all__ = [
     "TokenLogProbs",
@@ -94,21 +95,38 @@ def completion_log_probs(
     """Log-probabilities of the last T tokens of ids [B, P + T] under a causal language model, completion_mask [B, T].
 
     attention_mask [B, P + T]; padding may stand on the left, since positions are counted from the first real token.
-    vocabulary: only the first so many tokens of the head exist. With a gradient unless inside torch.no_grad().
+    The model may be wrapped by DDP or FSDP; where its head is linear the logits are never held. vocabulary: only the
+    first so many tokens of the head exist. With a gradient unless inside torch.no_grad().
     """
     length = completion_mask.shape[1]
-    if not 0 < length < ids.shape[1] or attention_mask.shape != ids.shape:
+    if not 0 < length < ids.shape[1] or attention_mask.shape != ids.shape or len(ids) != len(completion_mask):
         shapes = f"{tuple(ids.shape)}, {tuple(attention_mask.shape)} and {tuple(completion_mask.shape)}"
         raise ShapeError(f"ids and attention_mask are [B, P + T], completion_mask [B, T] with P > 0, got {shapes}")
-    logits = model(
-        input_ids=ids,
-        attention_mask=attention_mask.long(),
-        position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits[:, -length - 1 : -1, :vocabulary]
-    targets = ids[:, -length:]
-    return log_probs_from_logits(logits, targets, mask=completion_mask, temperature=temperature, entropy=entropy)
+    options: dict[str, Any] = {"mask": completion_mask, "temperature": temperature, "entropy": entropy}
+    targets, bare = ids[:, -length:], getattr(model, "module", model)
+
+    def forward() -> Tensor:
+        found: Tensor = model(
+            input_ids=ids,
+            attention_mask=attention_mask.long(),
+            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=length + 1,
+        ).logits
+        return found
+
+    if not has_plain_head(bare):
+        return log_probs_from_logits(forward()[:, -length - 1 : -1, :vocabulary], targets, **options)
+    head = bare.get_output_embeddings()
+
+    def from_hidden(hidden: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias[:vocabulary]
+        rows = hidden[:, -length - 1 : -1]
+        found = log_probs_from_hidden(rows, head.weight[:vocabulary], targets, bias=bias, **options)
+        return torch.stack([part for part in found if part is not None], -1)
+
+    with replaced_head(bare, from_hidden):
+        return TokenLogProbs(*forward().unbind(-1))
 
 
 def sequence_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
