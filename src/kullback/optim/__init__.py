@@ -1,1 +1,28 @@
 """Optimisers and distributed optimisation."""
+
+from kullback.optim.chains import Chain, base_chain, independent_chain
+from kullback.optim.srrw import SRRW, WalkState, srrw, srrw_kernel, start_walk, stationary_of, walk
+from kullback.optim.srrw_simulation import GeneralizedLinear, MeanOf, Simulation, simulate
+from kullback.optim.srrw_theory import optimization_covariance, sampling_covariance
+from kullback.optim.token_optimizer import SASRRW, TokenSampler
+
+__all__ = [
+    "SASRRW",
+    "SRRW",
+    "Chain",
+    "GeneralizedLinear",
+    "MeanOf",
+    "Simulation",
+    "TokenSampler",
+    "WalkState",
+    "base_chain",
+    "independent_chain",
+    "optimization_covariance",
+    "sampling_covariance",
+    "simulate",
+    "srrw",
+    "srrw_kernel",
+    "start_walk",
+    "stationary_of",
+    "walk",
+]
