@@ -7,6 +7,15 @@ from kullback.align.log_probs import (
     log_probs_from_logits,
     sequence_log_probs,
 )
+from kullback.align.measures import (
+    coverage_at_k,
+    distinct_n,
+    mean_pass_at_k,
+    pass_at_k,
+    sampled_divergence,
+    self_similarity,
+    token_entropy,
+)
 from kullback.align.policy_gradient import (
     clipped_policy_loss,
     clipped_share,
@@ -16,22 +25,47 @@ from kullback.align.policy_gradient import (
     reduce_tokens,
     reference_penalty,
 )
+from kullback.align.rewards import (
+    ArithmeticReward,
+    ExactReward,
+    ModelReward,
+    PatternReward,
+    arithmetic_value,
+    constant_groups,
+    load_reward,
+    score,
+)
 from kullback.align.rollouts import Rollouts, pad_left, sample_rollouts
 
 __all__ = [
+    "ArithmeticReward",
+    "ExactReward",
+    "ModelReward",
+    "PatternReward",
     "Rollouts",
     "TokenLogProbs",
+    "arithmetic_value",
     "clipped_policy_loss",
     "clipped_share",
     "completion_log_probs",
+    "constant_groups",
+    "coverage_at_k",
+    "distinct_n",
     "grouped_advantages",
     "leave_one_out_baseline",
+    "load_reward",
     "log_probs_from_hidden",
     "log_probs_from_logits",
+    "mean_pass_at_k",
     "pad_left",
+    "pass_at_k",
     "policy_ratio",
     "reduce_tokens",
     "reference_penalty",
     "sample_rollouts",
+    "sampled_divergence",
+    "score",
+    "self_similarity",
     "sequence_log_probs",
+    "token_entropy",
 ]

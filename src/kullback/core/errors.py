@@ -4,7 +4,7 @@ from typing import ClassVar
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "Interrupted",
-    "KullbackError", "MissingExtra", "NotFitted", "ShapeError",
+    "KullbackError", "MissingExtra", "NotFitted", "RewardError", "ShapeError",
 ]  # fmt: skip
 
 
@@ -38,6 +38,10 @@ class Interrupted(KullbackError):
 
 class NotFitted(KullbackError, RuntimeError):
     """A method that was used before it was fitted."""
+
+
+class RewardError(KullbackError, RuntimeError):
+    """A reward that cannot be had: its function raises, takes too long, or returns no finite number a completion."""
 
 
 class MissingExtra(KullbackError, ImportError):
