@@ -1,5 +1,6 @@
 """Distillation: a teacher's distribution brought into a student."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kullback.distill.bd_kd import BalanceWeights, balanced_kl, bdkd_loss, bdkd_teacher_loss, bdkd_weights
@@ -12,11 +13,13 @@ from kullback.distill.mcmi_teacher import (
     kd_loss,
     zero_shot_distill,
 )
+from kullback.distill.online import OnlineDistiller, OnlineLoss
 from kullback.distill.pld import PLDLoss, pld_objective
 from kullback.distill.sinkd import SinkhornKD, sinkd_loss
 
 if TYPE_CHECKING:
     from kullback.distill._hf_mcmi import MCMITeacherTrainer
+    from kullback.distill._hf_online import OnlineDistillationTrainer, OnlineNetworks
     from kullback.distill._hf_pld import PLDTrainer
 
 __all__ = [
@@ -25,6 +28,10 @@ __all__ = [
     "CentroidTracker",
     "MCMISettings",
     "MCMITeacherTrainer",
+    "OnlineDistillationTrainer",
+    "OnlineDistiller",
+    "OnlineLoss",
+    "OnlineNetworks",
     "PLDLoss",
     "PLDTrainer",
     "SinkhornKD",
@@ -45,13 +52,15 @@ __all__ = [
 ]
 
 
+_WITH_TRANSFORMERS = {  # which takes long to import
+    "MCMITeacherTrainer": "_hf_mcmi",
+    "OnlineDistillationTrainer": "_hf_online",
+    "OnlineNetworks": "_hf_online",
+    "PLDTrainer": "_hf_pld",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "PLDTrainer":  # which imports transformers
-        from kullback.distill._hf_pld import PLDTrainer
-
-        return PLDTrainer
-    if name == "MCMITeacherTrainer":
-        from kullback.distill._hf_mcmi import MCMITeacherTrainer
-
-        return MCMITeacherTrainer
+    if name in _WITH_TRANSFORMERS:
+        return getattr(import_module(f"kullback.distill.{_WITH_TRANSFORMERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
