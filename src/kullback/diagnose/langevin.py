@@ -241,16 +241,27 @@ class SGLDEnsemble(Parameters):
 
         return drawn(), len(inputs) if self.n_data is None else self.n_data
 
-    def outputs(self, X: Any, *, chunk: int = 64) -> Tensor:
-        """What every member returns for inputs [B, ...]: [M, B, ...], `chunk` members at a time."""
+    def outputs(self, X: Any, *, chunk: int | None = None) -> Tensor:
+        """What every member returns for inputs [B, ...]: [M, B, ...], `chunk` members at a time.
+
+        By default 64, and on a CPU one after another from some millions of weights times inputs on.
+        """
         check_fitted(self, "members_")
-        inputs = _tensor(X).to(next(iter(self.members_.values())).dtype)
+        some = next(iter(self.members_.values()))
+        inputs = _tensor(X).to(some.dtype)
+        if chunk is None:
+            # from there on, one product of matrices after another is quicker than a batch of them
+            size = sum(stack[0].numel() for stack in self.members_.values()) * len(inputs)
+            chunk = 1 if some.device.type == "cpu" and size > 4_000_000 else 64
 
         def of(weights: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(self.module_, weights, (inputs,))  # type: ignore[no-any-return]
 
         with torch.no_grad():
-            return torch.vmap(of, chunk_size=chunk)(self.members_)
+            if chunk > 1:
+                return torch.vmap(of, chunk_size=chunk)(self.members_)
+            members = ({name: stack[i] for name, stack in self.members_.items()} for i in range(len(some)))
+            return torch.stack([of(weights) for weights in members])
 
     def predict_log_proba(self, X: Any) -> Tensor:
         """log of the mean probability over members, for a model of logits: [B, ...] to [B, Y]."""
