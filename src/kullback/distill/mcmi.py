@@ -1,0 +1,371 @@
+"""Conditional mutual information of a classifier, and the loss that raises it in a teacher before distillation.
+
+With P_i the output for sample i, y_i its class and Q_y the mean of P_i over class y (its centroid),
+
+    I(X; Yhat | Y) = mean_i KL(P_i || Q_{y_i}) = mean_i H(Q_{y_i}) - mean_i H(P_i),
+
+the spread of the outputs within the classes: 0 where each class is mapped to one vector. Maximum likelihood drives it
+to 0; a teacher fine-tuned on CE - lam I(X; Yhat | Y) keeps what tells the samples of a class apart. Q_y minimises
+sum_i KL(P_i || Q), so the gradient through an exactly computed centroid is zero, and taking it as a constant is exact.
+Source: Ye et al. 2024 (arXiv 2401.08732); coefficients and optimiser as in their released code.
+
+Shapes: n samples, C outputs, G groups to condition on (the classes, G = C, or clusters of tokens); nats throughout.
+Labels and groups below 0 are left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+
+__all__ = ["CMIMeter", "MCMITerms", "class_centroids", "effective_dimension", "empirical_cmi", "mcmi_loss"]
+
+_FLOOR = 1e-12  # a centroid may be 0 where it was computed from other outputs than those it is compared with
+Bonus = Literal["cmi", "entropy", "smoothing", "separation"]
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_rows(outputs: Tensor, labels: Tensor, name: str = "labels") -> None:
+    if outputs.ndim != 2:
+        raise ShapeError(f"outputs have shape [n, C], one row a sample, got {tuple(outputs.shape)}: flatten them first")
+    if labels.shape != outputs.shape[:1]:
+        raise ShapeError(f"{name} have shape {tuple(labels.shape)} for {len(outputs)} samples: give one for each")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"{name} are whole numbers and came as {labels.dtype}: convert them with .long()")
+
+
+def _check_range(labels: Tensor, count: int, name: str = "labels") -> None:
+    if labels.numel() and int(labels.max()) >= count:
+        raise DataError(f"{name} go up to {int(labels.max())} and there are {count} of them, counted from 0")
+
+
+def class_centroids(
+    probs: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    weights: Tensor | None = None,
+    empty: Literal["nan", "uniform"] = "nan",
+) -> Tensor:
+    """The mean output of each class: probabilities [n, C] and labels [n] to [num_classes, C].
+
+    weights [n]: of the samples, 1 by default. A class without samples becomes a row of NaN, with a warning, or the
+    uniform distribution where empty="uniform". Differentiable. Raises ShapeError, or DataError for labels too large.
+
+    >>> class_centroids(torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.1, 0.9]]), torch.tensor([0, 0, 1]), 2)
+    tensor([[0.6000, 0.4000],
+            [0.1000, 0.9000]])
+    """
+    _check_rows(probs, labels)
+    _check_range(labels, num_classes)
+    if empty not in ("nan", "uniform"):
+        raise ConfigError(f'empty is "nan" or "uniform", not {empty!r}')
+    if weights is not None and (weights.shape != labels.shape or bool((weights < 0).any())):
+        raise ShapeError(f"weights are {len(labels)} numbers from 0 on, got {tuple(weights.shape)}")
+    probs = _widened(probs)
+    share = torch.ones_like(labels, dtype=probs.dtype) if weights is None else weights.to(probs.dtype)
+    share = share.masked_fill(labels < 0, 0.0)
+    rows = labels.clamp(min=0)
+    mass = probs.new_zeros(num_classes).index_add(0, rows, share)
+    total = probs.new_zeros(num_classes, probs.shape[1]).index_add(0, rows, share.unsqueeze(-1) * probs)
+    missing = mass == 0
+    if bool(missing.any()) and empty == "nan":
+        warnings.warn(
+            f"{int(missing.sum())} of {num_classes} classes have no sample, and their centroids are NaN", stacklevel=2
+        )
+    filler = torch.nan if empty == "nan" else 1.0 / probs.shape[1]
+    return torch.where(missing.unsqueeze(-1), filler, total / mass.masked_fill(missing, 1.0).unsqueeze(-1))
+
+
+def empirical_cmi(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    centroids: Tensor | None = None,
+    temperature: float = 1.0,
+    per_class: bool = False,
+) -> Tensor:
+    """I(X; Yhat | Y) of logits [n, C] and labels [n]: a scalar, or the mean over each group's samples [G], in nats.
+
+    centroids [G, C]: fixed ones in place of those of these samples; the value is then an upper bound. A group without
+    samples is NaN in [G]. Differentiable, through the centroids too where they are not given.
+
+    >>> empirical_cmi(torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log(), torch.tensor([0, 0]))
+    tensor(0.3681)
+    """
+    _check_rows(logits, labels)
+    _check_temperature(temperature)
+    kept = labels >= 0
+    if not bool(kept.any()):
+        raise DataError("there is no sample to measure: labels below 0 are left out, and none is left")
+    labels, log_probs = labels[kept], torch.log_softmax(_widened(logits[kept]) / temperature, dim=-1)
+    groups = len(centroids) if centroids is not None else max(int(labels.max()) + 1, logits.shape[1])
+    if centroids is None:
+        centroids = class_centroids(log_probs.exp(), labels, groups, empty="uniform")
+    else:
+        _check_centroids(centroids, logits, labels)
+    spread = _divergence(log_probs, centroids[labels])
+    if not per_class:
+        return spread.mean()
+    counts = torch.bincount(labels, minlength=groups)
+    total = spread.new_zeros(groups).index_add(0, labels, spread)
+    return total / counts.masked_fill(counts == 0, 1) + torch.where(counts == 0, torch.nan, 0.0)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0.0:
+        raise ConfigError(f"temperature must be positive and is {temperature}")
+
+
+def _check_centroids(centroids: Tensor, logits: Tensor, groups: Tensor) -> None:
+    if centroids.ndim != 2 or centroids.shape[1] != logits.shape[1]:
+        raise ShapeError(f"centroids have shape [G, {logits.shape[1]}], one row a class, got {tuple(centroids.shape)}")
+    _check_range(groups, len(centroids), "groups")
+    used = centroids[groups.clamp(min=0)]
+    if bool(((used.sum(-1) - 1.0).abs() > 1e-4).any()) or bool(used.isnan().any()):
+        raise DataError("each centroid is a distribution over the outputs, and one that is used here does not sum to 1")
+
+
+def _divergence(log_probs: Tensor, centroids: Tensor) -> Tensor:
+    """KL(P || Q) of rows [n, C] to [n]; outputs that are exactly 0 count for nothing."""
+    probs = log_probs.exp()
+    ratio = log_probs.masked_fill(probs == 0, 0.0) - centroids.clamp(min=_FLOOR).log()
+    return (probs * ratio).sum(-1)
+
+
+def effective_dimension(probs: Tensor, labels: Tensor) -> Tensor:
+    """In how many directions outputs [n, C] spread within their classes: (tr S)^2 / tr S^2, a scalar in 1..C-1.
+
+    S is the covariance around the class means, over all samples with labels from 0 on. NaN where nothing spreads.
+
+    >>> effective_dimension(torch.tensor([[0.5, 0.4, 0.1], [0.4, 0.5, 0.1], [0.3, 0.6, 0.1]]), torch.tensor([0, 0, 0]))
+    tensor(1.0000)
+    """
+    _check_rows(probs, labels)
+    probs, labels = _widened(probs[labels >= 0]), labels[labels >= 0]
+    if not len(labels):
+        raise DataError("there is no sample to measure: labels below 0 are left out, and none is left")
+    apart = probs - class_centroids(probs, labels, int(labels.max()) + 1, empty="uniform")[labels]
+    covariance = apart.T @ apart
+    return covariance.trace().square() / covariance.square().sum()
+
+
+class MCMITerms(NamedTuple):
+    """Scalars: the loss, ce_weight x CE - lam x bonus, and its parts; cmi is the bonus that was chosen."""
+
+    loss: Tensor
+    ce: Tensor
+    cmi: Tensor
+
+
+def mcmi_loss(
+    logits: Tensor,
+    labels: Tensor,
+    centroids: Tensor,
+    *,
+    lam: float,
+    ce_weight: float = 1.0,
+    temperature: float = 1.0,
+    bonus: Bonus = "cmi",
+    smoothing: float = 0.1,
+    groups: Tensor | None = None,
+) -> MCMITerms:
+    """The teacher's loss, ce_weight CE - lam mean_i KL(P_i || Q_{y_i}), from logits [b, C] and labels [b].
+
+    centroids [G, C] are constants, at the same temperature. groups [b]: what is conditioned on, the labels by default.
+    bonus: "entropy" raises mean H(P) in place of the information, "smoothing" lowers KL(P || smoothed label),
+    "separation" raises the mean KL(P_i || P_j) over pairs of different groups; they are the controls of the authors.
+    Raises ConfigError for lam < 0, which would draw the classes together, DataError for centroids that do not sum to 1.
+
+    >>> centroids = torch.tensor([[0.6, 0.4], [0.2, 0.8]])
+    >>> mcmi_loss(torch.zeros(2, 2), torch.tensor([0, 1]), centroids, lam=0.25).loss
+    tensor(0.6627)
+    """
+    _check_rows(logits, labels)
+    _check_temperature(temperature)
+    if not lam >= 0.0:
+        raise ConfigError(f"lam is 0 or more and is {lam}: the information is subtracted from the loss, so it rises")
+    groups = labels if groups is None else groups
+    _check_rows(logits, groups, "groups")
+    _check_range(labels, logits.shape[1])
+    _check_centroids(centroids, logits, groups)
+    wide = _widened(logits)
+    kept = labels >= 0
+    count = kept.sum().clamp(min=1)
+    negative = -torch.log_softmax(wide, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    ce = torch.where(kept, negative, 0.0).sum() / count
+    log_probs = torch.log_softmax(wide / temperature, dim=-1)
+    kept = kept & (groups >= 0)
+    if bonus == "separation":
+        value = _separation(log_probs[kept], groups[kept])
+    else:
+        value = _bonus(log_probs[kept], labels[kept], groups[kept], centroids.detach().to(wide.dtype), bonus, smoothing)
+        value = value.sum() / kept.sum().clamp(min=1)
+    return MCMITerms(ce_weight * ce - lam * value, ce, value)
+
+
+def _bonus(
+    log_probs: Tensor, labels: Tensor, groups: Tensor, centroids: Tensor, bonus: str, smoothing: float
+) -> Tensor:
+    if bonus == "cmi":
+        return _divergence(log_probs, centroids[groups])
+    if bonus == "entropy":
+        return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+    if bonus != "smoothing":
+        raise ConfigError(f'bonus is "cmi", "entropy", "smoothing" or "separation", not {bonus!r}')
+    if not 0.0 < smoothing < 1.0:
+        raise ConfigError(f"smoothing is the mass off the label, between 0 and 1, and is {smoothing}")
+    target = torch.full_like(log_probs, smoothing / (log_probs.shape[1] - 1))
+    return -_divergence(log_probs, target.scatter(-1, labels.unsqueeze(-1), 1.0 - smoothing))
+
+
+def _separation(log_probs: Tensor, groups: Tensor) -> Tensor:
+    """Mean of KL(P_i || P_j) over ordered pairs of different groups, 0 without any."""
+    probs, bounded = log_probs.exp(), log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    pairs = (probs * bounded).sum(-1, keepdim=True) - probs @ bounded.T
+    apart = groups.unsqueeze(-1) != groups
+    return torch.where(apart, pairs, 0.0).sum() / apart.sum().clamp(min=1)
+
+
+class CMIMeter:
+    """I(X; Yhat | Y) over a stream of batches, in one pass and G x C numbers; meters of several processes add up.
+
+    It keeps for each group the number of samples, the sum of P, and that of sum P log P, in float64: the value is that
+    of all samples at once, to rounding. separation: keeps sums of log P too, for `separation` and `normalised`, at
+    twice the memory. num_groups: G where what is conditioned on is not the class.
+
+    >>> meter = CMIMeter(2)
+    >>> meter.update(torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log(), torch.tensor([0, 0])).cmi
+    0.36806...
+    """
+
+    def __init__(
+        self, num_classes: int, *, num_groups: int | None = None, temperature: float = 1.0, separation: bool = False
+    ) -> None:
+        groups = num_classes if num_groups is None else num_groups
+        if num_classes < 2 or groups < 1:
+            raise ConfigError(f"a meter needs 2 or more outputs and a group, got {num_classes} and {groups}")
+        _check_temperature(temperature)
+        self.temperature = temperature
+        self.count = torch.zeros(groups, dtype=torch.float64)
+        self.negative_entropy = torch.zeros(groups, dtype=torch.float64)
+        self.probs = torch.zeros(groups, num_classes, dtype=torch.float64)
+        self.log_probs = torch.zeros_like(self.probs) if separation else None
+        self.correct, self.cross_entropy = 0.0, 0.0
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor, groups: Tensor | None = None) -> CMIMeter:
+        """Take in logits [n, C] and labels [n]; groups [n] where they are not the labels. Returns itself."""
+        _check_rows(logits, labels)
+        if logits.shape[1] != self.probs.shape[1]:
+            raise ShapeError(f"the meter is for {self.probs.shape[1]} outputs and got {logits.shape[1]}")
+        groups = labels if groups is None else groups
+        kept = (labels >= 0) & (groups >= 0)
+        if not bool(kept.all()):
+            logits, labels, groups = logits[kept], labels[kept], groups[kept]
+        _check_range(groups, len(self.count), "groups")
+        log_probs = torch.log_softmax(_widened(logits) / self.temperature, dim=-1)
+        probs = log_probs.exp()
+        self.count += torch.bincount(groups, minlength=len(self.count)).to(self.count)
+        self._add("probs", groups, probs)
+        if self.log_probs is not None:
+            self._add("log_probs", groups, log_probs)
+        self.correct += float((logits.argmax(-1) == labels).sum())
+        at_label = log_probs.gather(-1, labels.unsqueeze(-1))
+        self.cross_entropy -= float(at_label.double().sum())
+        entropies = probs.mul_(log_probs.clamp_(min=-1e30)).sum(-1)
+        self._add("negative_entropy", groups, entropies)
+        return self
+
+    def _add(self, name: str, groups: Tensor, values: Tensor) -> None:
+        # Summed over the batch in its own type, without a copy of the batch in float64, and kept in float64.
+        total = getattr(self, name)
+        total += values.new_zeros(total.shape).index_add_(0, groups, values).to(total)
+
+    def merge(self, other: CMIMeter) -> CMIMeter:
+        """Take in what another meter of the same kind has seen, as of another process; returns itself."""
+        if other.probs.shape != self.probs.shape or (other.log_probs is None) != (self.log_probs is None):
+            raise ShapeError(f"meters of one kind add up, got {tuple(self.probs.shape)} and {tuple(other.probs.shape)}")
+        if other.temperature != self.temperature:
+            raise ConfigError(f"meters at temperatures {self.temperature} and {other.temperature} do not add up")
+        self.count += other.count
+        self.probs += other.probs
+        self.negative_entropy += other.negative_entropy
+        if self.log_probs is not None and other.log_probs is not None:
+            self.log_probs += other.log_probs
+        self.correct, self.cross_entropy = self.correct + other.correct, self.cross_entropy + other.cross_entropy
+        return self
+
+    def all_reduce(self) -> CMIMeter:
+        """Add up the meters of all processes, G x C numbers once; a single process keeps its own. Returns itself."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            place = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            scalars = torch.tensor([self.correct, self.cross_entropy], dtype=torch.float64)
+            for part in (self.count, self.probs, self.negative_entropy, self.log_probs, scalars):
+                if part is not None:
+                    total = part.to(place)
+                    torch.distributed.all_reduce(total)
+                    part.copy_(total)
+            self.correct, self.cross_entropy = scalars.tolist()
+        return self
+
+    @property
+    def samples(self) -> float:
+        """How many samples came; DataError while there is none."""
+        if not (total := float(self.count.sum())):
+            raise DataError("the meter has seen no sample: call update first")
+        return total
+
+    def centroids(self, *, empty: Literal["nan", "uniform"] = "uniform") -> Tensor:
+        """The mean outputs [G, C], float64; a group that was not seen is uniform, or NaN."""
+        filler = torch.nan if empty == "nan" else 1.0 / self.probs.shape[1]
+        mean = self.probs / self.count.clamp(min=1.0).unsqueeze(-1)
+        return torch.where((self.count == 0).unsqueeze(-1), filler, mean)
+
+    @property
+    def per_class(self) -> Tensor:
+        """The mean of KL(P || Q) over the samples of each group [G], NaN for one that was not seen."""
+        mean = self.centroids()
+        entropy = -torch.special.xlogy(mean, mean).sum(-1)
+        spread = (entropy + self.negative_entropy / self.count.clamp(min=1.0)).clamp(min=0.0)
+        return spread.masked_fill(self.count == 0, torch.nan)
+
+    @property
+    def cmi(self) -> float:
+        """I(X; Yhat | Y) of all samples, in nats."""
+        return float((self.count * self.per_class.nan_to_num(nan=0.0)).sum() / self.samples)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of samples whose largest output is the label."""
+        return self.correct / self.samples
+
+    @property
+    def mean_cross_entropy(self) -> float:
+        """Mean of -log P(y) at the meter's temperature, in nats."""
+        return self.cross_entropy / self.samples
+
+    @property
+    def separation(self) -> float:
+        """Mean of -sum P_i log P_j over ordered pairs of samples of different groups, in nats."""
+        if self.log_probs is None:
+            raise ConfigError("this meter keeps no sums of log P: make it with separation=True")
+        pairs = self.samples**2 - float(self.count.square().sum())
+        if not pairs:
+            raise DataError("separation compares samples of different groups, and only one group was seen")
+        everything = (self.probs.sum(0) * self.log_probs.sum(0)).sum()
+        within = (self.probs * self.log_probs).sum()
+        return float(within - everything) / pairs
+
+    @property
+    def normalised(self) -> float:
+        """I(X; Yhat | Y) over `separation`: the spread within the classes in units of that between them."""
+        return self.cmi / self.separation
