@@ -21,6 +21,7 @@ __all__ = ["application", "execute", "main"]
 # In the order of the help. A command is a module of this package and its function, or Typer group, of the same name.
 _COMMANDS = (
     "distill",
+    "align",
     "teacher_cache",
     "papers",
     "show",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kullback.cli._jobs import free_folder, print_plan
 from kullback.cli._text import print_json, print_table
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ def distill(
     else:
         settings = _settings(config, set_ or [], teacher, student, data, objective)
         if dry_run:
-            _show_plan(job.plan(settings), as_json=json_)
+            print_plan(job.plan(settings), as_json=json_)
             return
         with Progress(quiet=json_) as progress:
-            run = job.run(settings, out or _free_folder(Path("runs"), "distill"), listen=progress)
+            run = job.run(settings, out or free_folder(Path("runs"), "distill"), listen=progress)
     if int(os.environ.get("RANK", "0")) == 0:  # under accelerate launch the first process speaks
         _show_report(run.path, as_json=json_)
 
@@ -63,20 +64,6 @@ def _settings(
     if config is None:
         source = to_dict(DistillConfig() if teacher or student else embedded())
     return load(DistillConfig, source, [*given, *overrides])
-
-
-def _free_folder(root: Path, name: str) -> Path:
-    number = 1
-    while (root / f"{name}-{number}").exists():
-        number += 1
-    return root / f"{name}-{number}"
-
-
-def _show_plan(plan: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(plan)
-        return
-    print_table([], [[key.replace("_", " "), f"{value:,}"] for key, value in plan.items()])
 
 
 def _show_report(folder: Path, *, as_json: bool) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kullback.core.files import atomic_directory, atomic_write
+from kullback.core.files import atomic_write
 from kullback.core.rng import generator
-from kullback.core.runs import Run
 from kullback.distill._hf import LiveTeacher
 from kullback.distill.measure import measure
 from kullback.distill.on_policy import sample_continuations
 from kullback.figures import figure
+from kullback.jobs._report import curves_csv, evaluations, keep_model, mean_row, part_events, part_reports, spread
 
 if TYPE_CHECKING:
     from kullback.jobs._distillation import Distillation
@@ -30,20 +27,19 @@ _TITLES = {"distilled": "distilled from the teacher", "baseline": "cross-entropy
 def write_report(work: Distillation) -> None:
     """Write model/, report.json, samples.jsonl, curves.csv and figures/curves.svg of a job whose parts are done."""
     out = work.out
-    reports = {part.name: _read(out / "parts" / part.name / "report.json") for part in work.parts}
-    first = work.parts[0]
-    if not (out / "model").exists():
-        with atomic_directory(out / "model") as place:
-            shutil.copytree(out / "parts" / first.name / "model", place, dirs_exist_ok=True)
+    names = [part.name for part in work.parts]
+    reports = part_reports(out, names)
+    keep_model(out, names[0])
     rows = [
         _row("teacher", [_teacher(work)]),
         _row("student before", [reports[part.name]["before"] for part in work.parts if part.role == "distilled"]),
     ]
     for role in dict.fromkeys(part.role for part in work.parts):
         rows.append(_row(_TITLES[role], [reports[part.name]["after"] for part in work.parts if part.role == role]))
-    curves = {part.name: list(Run.open(out / "parts" / part.name).events()) for part in work.parts}
-    atomic_write(out / "curves.csv", _csv(curves))
-    _draw(work.run.figure("curves"), _validation(curves), rows[0].get("cross_entropy"))
+    curves = part_events(out, names)
+    atomic_write(out / "curves.csv", curves_csv(curves))
+    validation = {name: evaluations(events, "cross_entropy") for name, events in curves.items()}
+    _draw(work.run.figure("curves"), validation, rows[0].get("cross_entropy"))
     samples = _samples(work)
     atomic_write(out / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
     report: dict[str, Any] = {"rows": rows, "parts": reports}
@@ -59,23 +55,14 @@ def _gain(work: Distillation, reports: Mapping[Any, Any]) -> dict[str, Any]:
     gains = [after["baseline", seed] - after["distilled", seed] for seed in work.config.seeds]
     return {
         "mean": statistics.fmean(gains),
-        "spread": _spread(gains),
+        "spread": spread(gains),
         "wins": sum(g > 0 for g in gains),
         "of": len(gains),
     }
 
 
 def _row(name: str, found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"student": name, "seeds": len(found)}
-    for key in ("cross_entropy", "perplexity", "divergence"):
-        values = [metrics[key] for metrics in found if key in metrics]
-        if values:
-            row[key], row[f"{key}_spread"] = statistics.fmean(values), _spread(values)
-    return row
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+    return mean_row("student", name, found, ("cross_entropy", "perplexity", "divergence"))
 
 
 def _teacher(work: Distillation) -> dict[str, float]:
@@ -113,14 +100,7 @@ def _samples(work: Distillation, count: int = 4) -> list[dict[str, str]]:
     return [{"prompt": text, **{name: texts[name][i] for name in texts}} for i, text in enumerate(prompts)]
 
 
-def _validation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
-    return {
-        name: sorted({e["step"]: (e["step"], e["cross_entropy"]) for e in events if e["kind"] == "evaluation"}.values())
-        for name, events in curves.items()
-    }
-
-
-def _draw(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], teacher: float | None) -> None:
+def _draw(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], teacher: float | None) -> None:
     """Validation loss against steps, one line a part, one colour a role; the teacher's as a level."""
     with figure(path) as axes:
         for name, points in curves.items():
@@ -132,30 +112,3 @@ def _draw(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], teach
             axes.axhline(teacher, color="0.5", linestyle="--", linewidth=1.0, label="teacher")
         axes.set(xlabel="step", ylabel="validation cross-entropy (nats a token)")
         axes.legend(frameon=False)
-
-
-def _csv(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line for each recorded step of each part; a step that was repeated after a kill counts once."""
-    columns = [
-        "part",
-        "kind",
-        "step",
-        "loss",
-        "learning_rate",
-        "gradient_norm",
-        "cross_entropy",
-        "perplexity",
-        "divergence",
-    ]
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    for name, events in curves.items():
-        lines = {(e["kind"], e["step"]): e for e in events if e["kind"] in ("step", "evaluation")}
-        for (_, _), event in sorted(lines.items(), key=lambda item: item[0][1]):
-            table.writerow({"part": name, **event})
-    return text.getvalue()
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

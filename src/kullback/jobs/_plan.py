@@ -1,4 +1,4 @@
-"""What a distill job would take, from a few of its own steps in a folder that is thrown away."""
+"""What a job would take, from a few of its own steps in a folder that is thrown away."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kullback.core.runs import Run
-from kullback.distill._hf import LiveTeacher
-from kullback.jobs._distillation import Distillation
-from kullback.jobs._training import train
-from kullback.jobs.distill import DistillConfig
+from kullback.jobs._parts import Work
+from kullback.jobs._training import TrainingConfig, train
 
-__all__ = ["estimate"]
+if TYPE_CHECKING:
+    from kullback.jobs.align import AlignConfig
+    from kullback.jobs.distill import DistillConfig
+
+__all__ = ["estimate", "estimate_alignment"]
 
 _STEPS = 4  # the first warms up, the last is followed by an evaluation: the two between are timed
 _NEVER = 1 << 30
@@ -38,36 +40,71 @@ class _Watch:
 
 
 def estimate(config: DistillConfig) -> dict[str, Any]:
-    """The plan of a job: tokens, parameters, bytes of memory (measured) and minutes, for all its parts together."""
-    training = replace(config.training, steps=_STEPS, evaluate_every=_NEVER, save_every=_NEVER, report_to=())
+    """The plan of a distill job: tokens, parameters, bytes of memory (measured) and minutes, for all its parts."""
+    from kullback.distill._hf import LiveTeacher
+    from kullback.jobs._distillation import Distillation
+
     watch = _Watch()
     with tempfile.TemporaryDirectory(prefix="kullback-") as scratch:
         out = Path(scratch) / "run"
-        work = Distillation(replace(config, training=training, seeds=config.seeds[:1]), out, listen=watch)
-        part = work.parts[0]
-        run = Run.start(out / "parts" / part.name, part, kind="distill-part", seed=part.seed)
-        seconds = _time(work, part, run, watch)
+        short = replace(config, training=_few_steps(config.training), seeds=config.seeds[:1])
+        work = Distillation(short, out, listen=watch)
+        seconds = _time(work, work.parts[0], watch)
         student = work.student(config.seeds[0])
         texts, teacher = work.texts, work.teacher.model if isinstance(work.teacher, LiveTeacher) else None
-    steps = config.training.steps
     a_step = config.training.batch * config.data.length
-    evaluations = 2 + steps // config.training.evaluate_every
     parts = len(config.seeds) * (2 if config.baseline else 1)
     return {
         "parts": parts,
         "tokens_of_text": texts.train.tokens,
         "tokens_a_step": a_step,
-        "tokens_in_all": a_step * steps * parts,
-        "passes_over_the_text": round(a_step * steps / max(texts.train.tokens, 1), 2),
+        "tokens_in_all": a_step * config.training.steps * parts,
+        "passes_over_the_text": round(a_step * config.training.steps / max(texts.train.tokens, 1), 2),
         "student_parameters": _parameters(student),
         "teacher_parameters": _parameters(teacher),
-        "memory_bytes": _peak_memory(),
-        "seconds_a_step": round(seconds["step"], 3),
-        "minutes": round(parts * (steps * seconds["step"] + evaluations * seconds["evaluation"]) / 60, 2),
+        **_cost(config.training, parts, seconds),
     }
 
 
-def _time(work: Distillation, part: Any, run: Run, watch: _Watch) -> dict[str, float]:
+def estimate_alignment(config: AlignConfig) -> dict[str, Any]:
+    """The plan of an align job: examples, completions, parameters, bytes of memory (measured) and minutes."""
+    from kullback.jobs._alignment import Alignment
+
+    watch = _Watch()
+    with tempfile.TemporaryDirectory(prefix="kullback-") as scratch:
+        short = replace(config, training=_few_steps(config.training), seeds=config.seeds[:1])
+        work = Alignment(short, Path(scratch) / "run", listen=watch)
+        seconds = _time(work, work.parts[0], watch)
+        policy = work.policy(config.seeds[0])
+    sides = {"online": config.sampling.group, "pair": 2, "completion": 1}[work.kind]
+    a_step = config.training.batch * sides
+    return {
+        "parts": len(config.seeds),
+        "training_examples": len(work.examples),
+        "validation_prompts": len(work.validation_examples),
+        "completions_a_step": a_step,
+        "completions_in_all": a_step * config.training.steps * len(config.seeds),
+        "policy_parameters": _parameters(policy),
+        **_cost(config.training, len(config.seeds), seconds),
+    }
+
+
+def _few_steps(training: TrainingConfig) -> TrainingConfig:
+    return replace(training, steps=_STEPS, evaluate_every=_NEVER, save_every=_NEVER, report_to=())
+
+
+def _cost(training: TrainingConfig, parts: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    evaluations = 2 + training.steps // training.evaluate_every
+    minutes = parts * (training.steps * seconds["step"] + evaluations * seconds["evaluation"]) / 60
+    return {
+        "memory_bytes": _peak_memory(),
+        "seconds_a_step": round(seconds["step"], 3),
+        "minutes": round(minutes, 2),
+    }
+
+
+def _time(work: Work, part: Any, watch: _Watch) -> dict[str, float]:
+    run = Run.start(work.out / "parts" / part.name, part, kind="plan-part", seed=part.seed)
     trainer = work.trainer(part, run)
     watch({"kind": "begin"})
     train(trainer, run, watch, lambda: work.evaluate(trainer), every=_NEVER)

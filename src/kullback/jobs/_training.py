@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from kullback.core.errors import ConfigError, Interrupted, MissingExtra
 from kullback.core.runs import Run, stop_signals
 
-__all__ = ["Listener", "TrainingConfig", "on_cpu", "train", "training_arguments"]
+__all__ = ["Listener", "LoraSettings", "TrainingConfig", "on_cpu", "train", "training_arguments"]
 
 Listener = Callable[[Mapping[str, Any]], None]
 
@@ -55,6 +55,15 @@ class TrainingConfig:
             raise ConfigError("training.fsdp_options does nothing without training.fsdp: set it to true")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"training.warmup is a share of the steps in [0, 1), got {self.warmup}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters as the only trainable weights; rank 0 trains the whole model."""
+
+    rank: int = 0
+    alpha: int = 16
+    targets: tuple[str, ...] = ()
 
 
 def training_arguments(config: TrainingConfig, run: Run, *, processes: int) -> TrainingArguments:
@@ -157,9 +166,10 @@ class _RunEvents(TrainerCallback):  # type: ignore[misc]
                 "data; the last checkpoint is kept"
             )
         if state.is_world_process_zero:
+            told = {key: value for key, value in logs.items() if key.startswith("metric/")}
             self.run.event(
                 "step", step=state.global_step, loss=logs["loss"], learning_rate=logs.get("learning_rate"),
-                gradient_norm=logs.get("grad_norm"),
+                gradient_norm=logs.get("grad_norm"), **told,
             )  # fmt: skip
         self.listen({"kind": "loss", "step": state.global_step, "loss": logs["loss"]})
 

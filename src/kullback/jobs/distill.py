@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kullback.core.config import load
 from kullback.core.errors import ConfigError
 from kullback.core.runs import Run
-from kullback.jobs._training import Listener, TrainingConfig
+from kullback.jobs._training import Listener, LoraSettings, TrainingConfig
 
 if TYPE_CHECKING:
     from kullback.distill.objective import Objective
@@ -57,15 +57,6 @@ class ObjectiveConfig:
     squared_temperature: bool = False
     on_policy: float = 0.0
     prompt: int = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """Low-rank adapters as the only trainable weights; rank 0 trains the whole student."""
-
-    rank: int = 0
-    alpha: int = 16
-    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,95 @@
+"""What one step of alignment minimises: a method takes log-probabilities of completions, and gives a loss.
+
+A batch is a dict of tensors, rows B of T completion tokens: completion_mask [B, T]; reference_log_prob [B, T] where the
+method needs the reference; for methods that learn from the policy's own samples rewards [B], old_log_prob [B, T] and
+whatever `prepare` adds. Pairs come as their chosen completions, followed by their rejected ones, B = 2 pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kullback.align.f_dpo import FDPOLoss, preference_metrics
+from kullback.align.log_probs import sequence_log_probs
+from kullback.align.policy_gradient import reduce_tokens
+from kullback.core.errors import ShapeError
+
+__all__ = ["Batch", "Method", "OnlineMethod", "Preference", "Supervised", "pair_halves"]
+
+Batch = Mapping[str, Tensor]
+
+
+class Method(Protocol):
+    """A loss on log-probabilities [B, T] of completions.
+
+    needs_reference: whether the batch must have the reference's log-probabilities. `count` is what the sum over a
+    batch is divided by (tokens, completions or pairs); a trainer passes `loss` the count of the whole accumulated batch
+    over all processes, so that neither changes the gradient. `loss` returns the scalar and what is worth a log.
+    """
+
+    @property
+    def needs_reference(self) -> bool: ...
+    def count(self, batch: Batch) -> float: ...
+    def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class OnlineMethod(Method, Protocol):
+    """A method that learns from the policy's own completions, which come with rewards.
+
+    `prepare` is called once on what was sampled, without a gradient: rewards [B] of `group` completions a prompt, in
+    the order of the prompts; it returns the batch with its own tensors added, of any number of rows.
+    """
+
+    def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]: ...
+
+
+def pair_halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen and the rejected rows of a batch of pairs. Raises ShapeError for an odd number of rows."""
+    if len(tensor) % 2 or not len(tensor):
+        raise ShapeError(f"pairs come as chosen rows and then as many rejected ones, got {len(tensor)} rows")
+    return tensor[: len(tensor) // 2], tensor[len(tensor) // 2 :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Preference pairs under a pairwise loss: DPO, f-DPO, IPO, hinge (see `f_dpo.FDPOLoss`).
+
+    length_normalised: divide the scores of completions by their tokens, as the authors of IPO report it.
+    """
+
+    options: FDPOLoss = field(default_factory=FDPOLoss)
+    length_normalised: bool = False
+    needs_reference: bool = field(default=True, init=False)
+
+    def count(self, batch: Batch) -> float:
+        """Pairs."""
+        return len(batch["completion_mask"]) / 2
+
+    def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of the pairs from log_prob [2 pairs, T]."""
+        mask = batch["completion_mask"]
+        policy = pair_halves(sequence_log_probs(log_prob, mask))
+        reference = pair_halves(sequence_log_probs(batch["reference_log_prob"], mask))
+        lengths = pair_halves(mask.sum(-1)) if self.length_normalised else None
+        output = self.options(*reference, *policy, lengths=lengths)
+        return output.loss.sum() / count, preference_metrics(self.options, output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supervised:
+    """Completions as they are: cross-entropy, in nats a token."""
+
+    needs_reference: bool = field(default=False, init=False)
+
+    def count(self, batch: Batch) -> float:
+        """Tokens."""
+        return float(batch["completion_mask"].sum())
+
+    def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean negative log-probability of the tokens."""
+        return reduce_tokens(-log_prob, batch["completion_mask"], "token-mean", count=count), {}

@@ -1,0 +1,73 @@
+"""Completions with their rewards: prompts, a policy and a reward function in, rollouts and numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kullback.align.rewards import Reward, score
+from kullback.align.rollouts import Rollouts, sample_rollouts
+from kullback.core.errors import RewardError
+
+__all__ = ["ScoredRollouts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollouts:
+    """Samples completions of its prompts and has them rewarded.
+
+    prompts: token ids of each, texts: the same as text; columns: further fields of the data by name, one value a
+    prompt; length: completion tokens at most; decode: ids to text; seconds: what one call of the reward may take;
+    on_error: None lets a RewardError through, a function is told of it and all rewards of that call are 0.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    reward: Reward
+    length: int
+    decode: Callable[[list[int]], str]
+    end: int | Sequence[int] | None = None
+    pad: int | None = None
+    temperature: float = 1.0
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    vocabulary: int | None = None
+    batch: int | None = None
+    seconds: float | None = 60.0
+    name: str | None = None
+    on_error: Callable[[RewardError], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __call__(
+        self, model: Any, index: Sequence[int], *, group: int, generator: torch.Generator
+    ) -> tuple[Rollouts, Tensor]:
+        """`group` completions for each of the prompts with these numbers, and their rewards [B] on the model's device.
+
+        Raises RewardError when the reward fails and nobody wants to hear of it.
+        """
+        rollouts = sample_rollouts(
+            model, [self.prompts[i] for i in index], group=group, length=self.length, generator=generator,
+            temperature=self.temperature, end=self.end, pad=self.pad, vocabulary=self.vocabulary, batch=self.batch,
+            prompt_index=index, decode=self.decode,
+        )  # fmt: skip
+        return rollouts, self.rewards(rollouts)
+
+    def rewards(self, rollouts: Rollouts) -> Tensor:
+        """The rewards [B] of completions of these prompts."""
+        rows, texts = rollouts.prompt_index.tolist(), list(rollouts.texts or ())
+        try:
+            found = score(
+                self.reward, [self.texts[i] for i in rows], texts, seconds=self.seconds, name=self.name,
+                **{name: [column[i] for i in rows] for name, column in self.columns.items()},
+            )  # fmt: skip
+        except RewardError as error:
+            if self.on_error is None:
+                raise
+            self.on_error(error)
+            found = torch.zeros(len(rows))
+        return found.to(rollouts.ids.device)

@@ -1,0 +1,201 @@
+"""The steps of the align job: what it loads, each training of the policy, and how the policy is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kullback.align._hf import AlignTrainer, Reference, adapter_reference, frozen_reference, index_items
+from kullback.align.scored import ScoredRollouts
+from kullback.core.errors import ConfigError, RewardError
+from kullback.core.runs import Run
+from kullback.jobs._align_data import Examples, collator, read_split
+from kullback.jobs._align_methods import chosen_method
+from kullback.jobs._align_report import METRICS, write_report
+from kullback.jobs._align_rewards import chosen_reward
+from kullback.jobs._align_validation import Validation
+from kullback.jobs._checkpoints import RunCheckpoints
+from kullback.jobs._models import add_lora, average_models, check_same_tokenizer, load_model, load_tokenizer
+from kullback.jobs._parts import processes, quiet_elsewhere, removed_on_error, start_run, train_part
+from kullback.jobs._training import Listener, LoraSettings, TrainingConfig, training_arguments
+from kullback.jobs.align import AlignConfig, MethodConfig, RewardConfig, SamplingConfig, check
+
+__all__ = ["Alignment", "Part"]
+
+
+class _Trainer(RunCheckpoints, AlignTrainer):
+    """Alignment with checkpoints in the run directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One training of the policy: its seed and all that determines it."""
+
+    seed: int
+    model: str
+    reference: tuple[str, ...]
+    method: MethodConfig
+    reward: RewardConfig
+    sampling: SamplingConfig
+    training: TrainingConfig
+    lora: LoraSettings
+
+    @property
+    def name(self) -> str:
+        return f"aligned-{self.seed}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.method.name}, seed {self.seed}"
+
+
+class Alignment:
+    """An align job at work: model and examples are loaded when it is made, then each part is trained."""
+
+    def __init__(self, config: AlignConfig, out: Path, *, listen: Listener, resume: bool = False) -> None:
+        check(config)
+        self.config, self.out, self.state = config, out, processes(config.training)
+        self.listen = quiet_elsewhere(listen, self.state)
+        fresh = not resume and not out.exists()
+        self.kind, method = chosen_method(config.method)
+        self._check_method(method)
+        self.folder = self._folder()
+        self.tokenizer = load_tokenizer(self.folder, role="model")
+        self.reward = chosen_reward(config.reward, needed=self.kind == "online")
+        training, validation = read_split(config.data, self.kind, self.tokenizer)
+        self.reward_columns(training)
+        self.policy(config.seeds[0])  # so that what is wrong with it is said before anything is written
+        self.examples, self.validation_examples = training, validation
+        self.reference_model = self._reference_model()
+        self.run = start_run(self.state, out, config, kind="align", resume=resume)
+        with removed_on_error(out if fresh and self.state.is_main_process else None):
+            self.validation = Validation(self, validation)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every training of the job, one a seed."""
+        config = self.config
+        return [
+            Part(
+                seed=seed, model=config.model, reference=config.reference, method=config.method, reward=config.reward,
+                sampling=config.sampling, training=config.training, lora=config.lora,
+            )
+            for seed in config.seeds
+        ]  # fmt: skip
+
+    def train(self, part: Part) -> None:
+        """Train one part to its end, from its latest checkpoint; a part that is finished is left as it is."""
+        train_part(self, part, kind="align-part", metrics=METRICS)
+
+    def finish(self) -> Run:
+        """Gather the parts into the run's report, samples, curves and model directory (that of the first seed)."""
+        if self.state.is_main_process:
+            write_report(self)
+        self.state.wait_for_everyone()
+        return self.run
+
+    def policy(self, seed: int) -> Any:
+        """The policy as it starts out for `seed`."""
+        model = load_model(self.folder, role="model", seed=seed)
+        lora = self.config.lora
+        if not lora.rank:
+            return model
+        return add_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+
+    def reference_of(self, policy: Any) -> Reference:
+        """The log-probabilities of the reference: a model of its own, or the policy with its adapters off."""
+        options: dict[str, Any] = {"temperature": self._temperature(), "vocabulary": len(self.tokenizer)}
+        if self.reference_model is None:
+            return adapter_reference(policy, **options)
+        return frozen_reference(self.reference_model, **options)
+
+    def trainer(self, part: Part, run: Run) -> _Trainer:
+        _, method = chosen_method(part.method)
+        policy = self.policy(part.seed)
+        online = self.kind == "online"
+        trainer = _Trainer(
+            model=policy,
+            args=training_arguments(part.training, run, processes=self.state.num_processes),
+            train_dataset=index_items(len(self.examples)) if online else self.examples,
+            data_collator=None if online else collator(self.tokenizer.eos_token_id),
+            method=method,
+            reference=self.reference_of(policy) if method.needs_reference else None,
+            rollouts=self.rollouts(self.examples, self._reward_failed(run)) if online else None,
+            group=part.sampling.group,
+            temperature=self._temperature(),
+            vocabulary=len(self.tokenizer),
+            seed=part.seed,
+        )
+        trainer.run, trainer.keep_checkpoints = run, part.training.keep
+        return trainer
+
+    def rollouts(self, examples: Examples, on_error: Any = None) -> ScoredRollouts:
+        """The sampling of completions of these prompts, with their rewards (0 where the job has no reward)."""
+        end = self.tokenizer.eos_token_id
+        return ScoredRollouts(
+            prompts=examples.prompts, texts=examples.texts, columns=self.reward_columns(examples),
+            reward=self.reward or _no_reward, length=self.config.data.length, decode=self.tokenizer.decode, end=end,
+            pad=end, temperature=self.config.sampling.temperature, vocabulary=len(self.tokenizer),
+            batch=self.config.sampling.batch or None, seconds=self.config.reward.seconds, on_error=on_error,
+            name=self.config.reward.name or None,
+        )  # fmt: skip
+
+    def evaluate(self, trainer: Any) -> dict[str, float]:
+        return self.validation.measure(trainer)
+
+    def reward_columns(self, examples: Examples) -> dict[str, Any]:
+        """The fields of the data that the reward may look at. ConfigError when the one it compares with is missing."""
+        columns = dict(examples.columns)
+        exact = self.reward is not None and self.config.reward.name == "exact"
+        if exact and any(value is None for value in columns.get("answer", [None])):
+            raise ConfigError("reward exact compares with the field 'answer', which not all of the data has")
+        return columns
+
+    def _temperature(self) -> float:
+        """Of the policy in the loss: that of the samples where there are any, else 1."""
+        return self.config.sampling.temperature if self.kind == "online" else 1.0
+
+    def _check_method(self, method: Any) -> None:
+        training = self.config.training
+        if training.fsdp and self.kind == "online":
+            raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
+        if self.kind == "online" and self.config.sampling.group < 2:
+            raise ConfigError(f"{self.config.method.name} compares completions of a prompt: set sampling.group over 1")
+
+    def _folder(self) -> str:
+        if self.config.model:
+            return self.config.model
+        from kullback.models.adder import trained_adder
+
+        with self.state.main_process_first():
+            self.listen({"kind": "stage", "text": "the embedded model (trained once, then kept in the cache)"})
+            return str(trained_adder(listen=self.listen))
+
+    def _reference_model(self) -> Any:
+        """The model of the reference; None for the policy with its adapters off."""
+        folders = self.config.reference
+        if not folders:
+            return None if self.config.lora.rank else load_model(self.folder, role="reference")
+        for folder in folders:
+            check_same_tokenizer(load_tokenizer(folder, role="reference"), self.tokenizer)
+        return average_models([load_model(folder, role="reference") for folder in folders])
+
+    def _reward_failed(self, run: Run) -> Any:
+        """What happens when a reward fails: None stops the job, else it is told and recorded."""
+        if self.config.reward.on_error == "stop":
+            return None
+
+        def tell(error: RewardError) -> None:
+            if self.state.is_main_process:
+                run.event("reward_error", text=str(error))
+            self.listen({"kind": "note", "text": f"{error}; its completions get 0"})
+
+        return tell
+
+
+def _no_reward(prompts: Any, completions: Any) -> torch.Tensor:
+    """Completions that nobody rewards."""
+    return torch.zeros(len(completions))
