@@ -83,7 +83,7 @@ def test_diversity_of_known_texts():
 @pytest.mark.parametrize("unit", ["sequence", "token"])
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_divergence_from_samples(unit, estimator):
-    """Independent tokens of the same two laws and lengths of their own: KL a token is known, and with it a sequence's."""
+    """Independent tokens of the same two laws, and lengths of their own: KL a token is known, so a sequence's is."""
     policy, reference = torch.tensor([0.6, 0.4]).double().log(), torch.tensor([0.3, 0.7]).double().log()
     exact = float((policy.exp() * (policy - reference)).sum())
     draws, z = stream(4), []

@@ -1,5 +1,6 @@
 """Alignment: losses and policy gradients that bring a language model to preferences, rewards and targets."""
 
+from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
 from kullback.align.log_probs import (
     TokenLogProbs,
     completion_log_probs,
@@ -25,6 +26,7 @@ from kullback.align.policy_gradient import (
     reduce_tokens,
     reference_penalty,
 )
+from kullback.align.rehearsal import Partition, RehearsalBuffer, partition_by_pass_rate, rehearse
 from kullback.align.rewards import (
     ArithmeticReward,
     ExactReward,
@@ -39,9 +41,12 @@ from kullback.align.rollouts import Rollouts, pad_left, sample_rollouts
 
 __all__ = [
     "ArithmeticReward",
+    "Dph",
     "ExactReward",
     "ModelReward",
+    "Partition",
     "PatternReward",
+    "RehearsalBuffer",
     "Rollouts",
     "TokenLogProbs",
     "arithmetic_value",
@@ -58,14 +63,19 @@ __all__ = [
     "log_probs_from_logits",
     "mean_pass_at_k",
     "pad_left",
+    "partition_by_pass_rate",
     "pass_at_k",
     "policy_ratio",
     "reduce_tokens",
     "reference_penalty",
+    "rehearsal_divergence",
+    "rehearsal_loss",
+    "rehearse",
     "sample_rollouts",
     "sampled_divergence",
     "score",
     "self_similarity",
     "sequence_log_probs",
     "token_entropy",
+    "visited_penalty",
 ]
