@@ -5,8 +5,8 @@ With s the link of the divergence (f' of arXiv 2309.16240 at the log-ratio) the 
     log policy = log reference + s^-1((r - m) / b),    m so that the policy sums to 1.
 
 m is found by Newton's method on F(m) = s(log sum reference exp s^-1((r - m) / b)), a quasi-linear mean of (r - m) / b,
-which is a straight line for equal rewards and for reverse KL, so that a few steps are enough. It lies between
-max_i r_i - b s(-log p_i), where the largest term alone is 1, and max_i r_i - b s(-log(Y p_i)), where all are below 1/Y.
+which is a straight line for equal rewards and for reverse KL, so that three or four steps are enough. m lies between
+r_i - b s(-log p_i) for any i, where that term alone is 1, and max_i r_i, where no ratio exceeds 1.
 
 Shapes: log-probabilities and rewards [..., Y], in nats; multipliers [...]. Float64 throughout.
 """
@@ -42,14 +42,14 @@ def f_regularised_policy(
     *,
     divergence: FDivergence,
     beta: float,
-    tolerance: float = 1e-13,
+    tolerance: float = 1e-11,
 ) -> RegularisedPolicy:
     """The policy that maximises E r - beta D(reference||policy), and its multiplier m; [..., Y] to [..., Y] and [...].
 
     r - beta s(log policy - log reference) = m wherever the policy has mass. Outcomes without mass under the reference
     have none. Where s is finite at ratio 0 (chi-squared) outcomes of low reward have none either.
-    tolerance: of the sum of the policy, which then is normalised. Raises ConfigError for beta <= 0 and for total
-    variation, ShapeError, and DataError for NaN or a reference without mass.
+    tolerance: of the logarithm of the policy's sum, which then is normalised. Raises ConfigError for beta <= 0 and for
+    total variation, ShapeError, and DataError for NaN or a reference without mass.
 
     >>> from kullback.divergences import f_divergence
     >>> reference, reward = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([1.0, 0.0, -1.0])
@@ -59,57 +59,64 @@ def f_regularised_policy(
     if not (beta > 0.0 and math.isfinite(beta)):
         raise ConfigError(f"beta is positive and finite, not {beta}")
     divergence.link_inverse(torch.zeros(()))  # refuses what has no inverse
-    log_p, scaled = _checked(log_reference, reward)
-    shape = log_p.shape
-    log_p, scaled = log_p.reshape(-1, shape[-1]), (scaled / beta).reshape(-1, shape[-1])
-    rows = max(_ENTRIES // shape[-1], 1)
-    log_policy, multiplier = torch.empty_like(log_p), log_p.new_empty(len(log_p))
-    for start in range(0, len(log_p), rows):
-        part = slice(start, start + rows)
-        log_policy[part], multiplier[part] = _solve(divergence, log_p[part], scaled[part], tolerance)
-    return RegularisedPolicy(log_policy.reshape(shape), beta * multiplier.reshape(shape[:-1]))
-
-
-def _checked(log_reference: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
     if log_reference.ndim < 1 or reward.shape[-1:] != log_reference.shape[-1:] or not log_reference.shape[-1]:
         shapes = f"{tuple(log_reference.shape)} and {tuple(reward.shape)}"
         raise ShapeError(f"the reference and the reward have an entry for each outcome, got shapes {shapes}")
-    log_p, reward = torch.broadcast_tensors(log_reference.detach().double(), reward.detach().double())
-    log_p = log_p.log_softmax(-1)
-    if log_p.isnan().any():
-        raise DataError("the reference has NaN, infinity or a row without any mass: give log-probabilities")
-    held = log_p > -math.inf
-    if not reward.isfinite().all():
-        if not reward[held].isfinite().all():
-            raise DataError("rewards must be finite where the reference has mass: score those outcomes again")
-        reward = reward.masked_fill(~held, 0.0)
-    return log_p, reward
+    log_reference, reward = torch.broadcast_tensors(log_reference, reward)
+    shape = reward.shape
+    log_reference, reward = log_reference.reshape(-1, shape[-1]), reward.reshape(-1, shape[-1])
+    log_policy = torch.empty(log_reference.shape, dtype=torch.float64, device=reward.device)
+    multiplier = log_policy.new_empty(len(log_policy))
+    for part in torch.arange(len(log_policy)).split(max(_ENTRIES // shape[-1], 1)):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        log_p, y = log_reference[rows].double(), reward[rows].double() / beta
+        log_policy[rows], multiplier[rows] = _solve(divergence, log_p, y, tolerance)
+    if not multiplier.isfinite().all():
+        wrong = int((~multiplier.isfinite()).sum())
+        raise DataError(f"{wrong} rows have a reward or reference that is NaN or infinite, or no mass: look at them")
+    return RegularisedPolicy(log_policy.reshape(shape), beta * multiplier.reshape(shape[:-1]))
 
 
 def _solve(divergence: FDivergence, log_p: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """log policy [n, Y] and m / b [n] for rewards y already divided by b."""
-    held = log_p > -math.inf
-    surprise = log_p.neg().masked_fill(~held, 0.0)
-    count = math.log(log_p.shape[-1])
-    low = (y - divergence.link(surprise)).masked_fill(~held, -math.inf).amax(-1)
-    high = (y - divergence.link(surprise - count)).masked_fill(~held, -math.inf).amax(-1)
-    at = low.clone()
-    for _ in range(_STEPS):
-        log_ratio, log_total, slope = _mean(divergence, log_p, y, at)
-        low, high = torch.where(log_total > 0, at, low), torch.where(log_total < 0, at, high)
-        if (log_total.abs() <= tolerance).all() or ((high - low) <= 4e-16 * at.abs()).all():
+    nothing = log_p == -math.inf if bool((log_p.amin() == -math.inf).item()) else None
+    if nothing is not None:
+        log_p, y = log_p.masked_fill(nothing, -1e300), y.masked_fill(nothing, -1e300)
+    low, best = (y - divergence.link(-log_p)).max(-1, keepdim=True)
+    # Counted from the reward whose term bounds m, so that a small distance to the end of the domain keeps its digits.
+    origin, surprise = y.gather(-1, best), -log_p.gather(-1, best)
+    y, at = y - origin, low - origin
+    found, place = torch.empty_like(log_p), torch.empty_like(at)
+    rows, high = torch.arange(len(at)), y.amax(-1, keepdim=True)
+    low, before, value_before, slope = at, at, at, at
+    for count in range(_STEPS):
+        log_policy = divergence.link_inverse(y - at).add_(log_p)
+        log_total = log_policy.exp().sum(-1, keepdim=True).log()
+        value, moved = divergence.link(log_total), at - before
+        if count:  # a difference of a few roundings says nothing of the slope
+            slope = torch.where(moved.abs() > 1e-9 * at.abs(), (value - value_before) / moved, slope)
+        else:  # that of the bounding term alone
+            slope = -_slope(divergence, log_total) / (log_total.exp() * _slope(divergence, surprise))
+        low, high = torch.where(value > 0.0, at, low), torch.where(value < 0.0, at, high)
+        step = at - value / slope
+        step = torch.where((step >= low) & (step <= high), step, 0.5 * (low + high))
+        done = (log_total.abs() <= tolerance) | ((step - at).abs() <= 4e-16 * at.abs()) | value.isnan()
+        if done.all() or count == _STEPS - 1:
+            found[rows], place[rows] = log_policy.sub_(log_total), at.where(log_total.isfinite(), math.nan)
             break
-        step = at - divergence.link(log_total) / slope
-        inside = (step > low) & (step < high)
-        at = torch.where(log_total.abs() <= tolerance, at, torch.where(inside, step, 0.5 * (low + high)))
-    return (log_p + log_ratio).masked_fill(~held, -math.inf).log_softmax(-1), at
+        before, value_before, at = at, value, torch.where(done, at, step)
+        if 4 * int(done.sum()) >= len(done):  # go on with the other rows
+            over, on = done.squeeze(-1), (~done).squeeze(-1).nonzero().squeeze(-1)
+            found[rows[over]], place[rows[over]] = (log_policy[over] - log_total[over]), at[over]
+            rows, y, log_p, low, high = rows[on], y[on], log_p[on], low[on], high[on]
+            before, value_before, slope, at = before[on], value_before[on], slope[on], at[on]
+    if nothing is not None:
+        found.masked_fill_(nothing, -math.inf)
+    return found, (place + origin).squeeze(-1)
 
 
-def _mean(divergence: FDivergence, log_p: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-ratios [n, Y] at multipliers at [n], the log of the total mass [n], and the slope of F by at [n]."""
+def _slope(divergence: FDivergence, log_ratio: Tensor) -> Tensor:
+    """s'(log u)."""
     with torch.enable_grad():
-        place = at.detach().requires_grad_()
-        log_ratio = divergence.link_inverse(y - place.unsqueeze(-1))
-        log_total = (log_p + log_ratio).logsumexp(-1)
-        (slope,) = torch.autograd.grad(divergence.link(log_total).sum(), place)
-    return log_ratio.detach(), log_total.detach(), slope
+        at = log_ratio.detach().requires_grad_()
+        return torch.autograd.grad(divergence.link(at).sum(), at)[0]
