@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,30 +17,12 @@ from safetensors.torch import load_file
 from kullback.core.config import to_toml
 from kullback.jobs import distill as job
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def command(*words, processes=1):
-    if processes == 1:
-        return [sys.executable, "-m", "kullback", "distill", *map(str, words)]
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-    # --multi_gpu is accelerate's name for one process beside the other, which are on gloo where there is no GPU
-    launch += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, "-m", *launch, "-m", "kullback", "distill", *map(str, words)]
+sys.path.insert(0, str(Path(__file__).parent))
+from _launch import ENVIRONMENT, command, free_port, launched
 
 
 def run(*words, processes=1):
-    done = subprocess.run(
-        command(*words, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return launched("distill", *words, processes=processes)
 
 
 def losses(path, part="distilled-0"):
@@ -99,7 +80,7 @@ def test_sigkill_at_any_step_then_resume_gives_the_same_bits(config, tmp_path):
     (tmp_path / "job.toml").write_text(to_toml(config))
     run("--config", tmp_path / "job.toml", "--out", tmp_path / "straight")
     child = subprocess.Popen(
-        command("--config", tmp_path / "job.toml", "--out", tmp_path / "killed"),
+        command("distill", "--config", tmp_path / "job.toml", "--out", tmp_path / "killed"),
         env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     checkpoints = tmp_path / "killed" / "parts" / "distilled-0" / "ckpt"

@@ -33,7 +33,7 @@ class Validation:
 
     def __init__(self, work: Alignment, examples: Examples) -> None:
         self.work, self.examples = work, examples
-        self.source = work.rollouts(examples)
+        self.source = work.rollouts(examples, work.reward_failed(work.run))
         self.samples = work.config.sampling.validation
 
     @torch.no_grad()

@@ -123,7 +123,7 @@ class Alignment:
             data_collator=None if online else collator(self.tokenizer.eos_token_id),
             method=method,
             reference=self.reference_of(policy) if method.needs_reference else None,
-            rollouts=self.rollouts(self.examples, self._reward_failed(run)) if online else None,
+            rollouts=self.rollouts(self.examples, self.reward_failed(run)) if online else None,
             group=part.sampling.group,
             temperature=self._temperature(),
             vocabulary=len(self.tokenizer),
@@ -183,7 +183,7 @@ class Alignment:
             check_same_tokenizer(load_tokenizer(folder, role="reference"), self.tokenizer)
         return average_models([load_model(folder, role="reference") for folder in folders])
 
-    def _reward_failed(self, run: Run) -> Any:
+    def reward_failed(self, run: Run) -> Any:
         """What happens when a reward fails: None stops the job, else it is told and recorded."""
         if self.config.reward.on_error == "stop":
             return None

@@ -95,8 +95,8 @@ def embedded() -> AlignConfig:
         reward=RewardConfig(name="exact"),
         sampling=SamplingConfig(validation=16),
         training=TrainingConfig(
-            steps=60, batch=16, learning_rate=1e-3, weight_decay=0.0, schedule="constant", evaluate_every=20,
-            save_every=20,
+            steps=150, batch=32, learning_rate=1e-3, weight_decay=0.0, schedule="constant", evaluate_every=50,
+            save_every=50,
         ),
         seeds=(0, 1, 2),
     )  # fmt: skip

@@ -1,0 +1,238 @@
+"""The align job from the inside: every method runs, learns, resumes in the same bits, and says what is wrong."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kullback.core.errors import ConfigError, DataError, RewardError, ShapeError
+from kullback.jobs import align as job
+from kullback.jobs._align_methods import method_names
+from kullback.jobs._training import LoraSettings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _adding import align_config, make_adder, with_training
+
+
+@pytest.fixture(scope="module")
+def adder(tmp_path_factory):
+    return make_adder(tmp_path_factory.mktemp("adder"))
+
+
+def events(run, part="aligned-0", kind="evaluation"):
+    lines = (run / "parts" / part / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_runs_and_leaves_all_that_a_job_leaves(method, adder, tmp_path):
+    run = job.run(align_config(adder, method=method), tmp_path / "run")
+    report = json.loads((run.path / "report.json").read_text())
+    before, after = report["rows"]
+    assert before["policy"] == "before"
+    assert after["policy"] == f"after {method}"
+    assert before["divergence"] == pytest.approx(0.0, abs=1e-9), "the reference is the model as it starts out"
+    assert after["divergence"] > 1e-6, "it has moved"
+    assert 0.0 <= before["pass_1"] <= before["pass_k"] <= 1.0
+    assert before["pass_1_low"] <= before["pass_1"] <= before["pass_1_high"]
+    assert all(math.isfinite(value) for key, value in after.items() if isinstance(value, float))
+    for name in report["written"]:
+        assert (run.path / name).exists(), name
+    model = AutoModelForCausalLM.from_pretrained(run.path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
+    assert model(**tokenizer("1+2=", return_tensors="pt")).logits.isfinite().all()
+    sample = json.loads((run.path / "samples.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "before", "after", "reward_before", "reward_after"} <= sample.keys()
+
+
+def test_rewards_are_learnt_and_the_penalty_holds_the_policy_back(adder, tmp_path):
+    config = with_training(align_config(adder), steps=40, batch=10, learning_rate=2e-3, evaluate_every=40)
+    config = replace(config, data=replace(config.data, validation=config.data.train, validation_prompts=25))
+    free = events(job.run(config, tmp_path / "free").path)
+    held = replace(config, method=replace(config.method, options={"beta": 0.5, "penalty": "k2"}))
+    held = events(job.run(held, tmp_path / "held").path)
+    assert free[-1]["reward"] > free[0]["reward"] + 0.2
+    assert held[-1]["divergence"] < 0.7 * free[-1]["divergence"]
+
+
+def test_pairs_are_learnt_from_log_two_on(adder, tmp_path):
+    config = with_training(align_config(adder, method="dpo"), steps=40, batch=10, learning_rate=3e-3, evaluate_every=40)
+    config = replace(config, data=replace(config.data, validation=config.data.train))
+    first, last = events(job.run(config, tmp_path / "run").path)
+    assert first["loss"] == pytest.approx(math.log(2.0), abs=1e-6)
+    assert first["accuracy"] == 0.5
+    assert last["loss"] < 0.5
+    assert last["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_accumulation_changes_nothing(method, adder, tmp_path):
+    whole = job.run(align_config(adder, method=method), tmp_path / "whole")
+    split = job.run(with_training(align_config(adder, method=method), accumulate=2), tmp_path / "split")
+    for name, tensor in weights(whole.path).items():
+        torch.testing.assert_close(tensor, weights(split.path)[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [name for name in method_names() if name not in ("sft", "ipo", "dr-grpo")])
+def test_an_interrupted_job_resumes_in_the_same_bits(method, adder, tmp_path):
+    config = align_config(adder, method=method)
+    straight = job.run(config, tmp_path / "straight")
+
+    class Stop(Exception):
+        pass
+
+    def killer(event):
+        if event["kind"] == "progress" and event["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        job.run(config, tmp_path / "killed", listen=killer)
+    resumed = job.resume(tmp_path / "killed")
+    for name, tensor in weights(straight.path).items():
+        assert torch.equal(tensor, weights(resumed.path)[name]), name
+    keys = ("step", "reward", "divergence", "entropy")
+    found, expected = ([{k: e[k] for k in keys} for e in events(run.path)] for run in (resumed, straight))
+    assert found == expected
+
+
+@pytest.mark.parametrize("method", ["grpo", "f-dpo"])
+def test_adapters_need_no_second_model(method, adder, tmp_path):
+    config = align_config(adder, method=method, lora=LoraSettings(rank=2))
+    options = {"beta": 0.1} if method == "grpo" else {}
+    config = replace(config, method=replace(config.method, options=options))
+    run = job.run(with_training(config, learning_rate=1e-2), tmp_path / "run")
+    first, *_, last = events(run.path)
+    assert first["divergence"] == pytest.approx(0.0, abs=1e-9)
+    assert last["divergence"] > 1e-6
+    assert set(weights(run.path)) == set(load_file(adder / "model" / "model.safetensors")), "adapters are merged in"
+
+
+def test_several_references_are_averaged(adder, tmp_path):
+    moved = AutoModelForCausalLM.from_pretrained(adder / "model")
+    with torch.no_grad():
+        moved.lm_head.weight.mul_(0.5)
+    moved.save_pretrained(tmp_path / "moved")
+    AutoTokenizer.from_pretrained(adder / "model").save_pretrained(tmp_path / "moved")
+    both = (str(adder / "model"), str(tmp_path / "moved"))
+    alone = events(job.run(align_config(adder, method="dpo", reference=both[1:]), tmp_path / "alone").path)
+    soup = events(job.run(align_config(adder, method="dpo", reference=both), tmp_path / "soup").path)
+    assert 0.0 < soup[0]["divergence"] < alone[0]["divergence"]
+
+
+def test_chats_and_prompts_of_any_length(adder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(adder / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    AutoModelForCausalLM.from_pretrained(adder / "model").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [
+        {"prompt": [{"role": "user", "content": f"{'1+' * i}1"}], "chosen": str(i + 1), "rejected": str(i)}
+        for i in range(10)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = align_config(adder, method="dpo", model=str(tmp_path / "model"), reward=job.RewardConfig())
+    chats = str(tmp_path / "chats.jsonl")
+    config = replace(config, data=replace(config.data, train=chats, validation=chats, prompt_length=6))
+    found = events(job.run(config, tmp_path / "run").path)
+    assert "reward" not in found[0], "there is none"
+    assert found[0]["loss"] == pytest.approx(math.log(2.0), abs=1e-6)
+    assert found[-1]["divergence"] > 1e-6, "cut to six tokens most of these prompts are alike, but it has moved"
+
+
+REWARDS = '''
+import time
+
+
+def raises(prompts, completions):
+    raise KeyError("no such thing")
+
+
+def hangs(prompts, completions):
+    time.sleep(60)
+
+
+def nothing(prompts, completions):
+    return [float("nan")] * len(prompts)
+
+
+def few(prompts, completions):
+    return [1.0]
+
+
+def constant(prompts, completions):
+    return [1.0] * len(prompts)
+'''
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"), [("raises", "KeyError"), ("hangs", "took over"), ("nothing", "nan"), ("few", "1,")]
+)
+def test_a_reward_that_fails_ends_the_job_or_gives_nothing(reward, words, adder, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:{reward}", seconds=0.2)
+    config = with_training(align_config(adder, reward=reward), steps=2)
+    with pytest.raises(RewardError, match=words):
+        job.run(config, tmp_path / "stopped")
+    told = []
+    run = job.run(replace(config, reward=replace(reward, on_error="zero")), tmp_path / "run", listen=told.append)
+    assert any(words in event["text"] for event in told if event["kind"] == "note")
+    assert len(events(run.path, kind="reward_error")) >= 2
+    assert events(run.path)[-1]["reward"] == 0.0
+
+
+def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:constant")
+    run = job.run(align_config(adder, reward=reward), tmp_path / "run")
+    for name, tensor in load_file(adder / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, weights(run.path)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"method": "gpro"}, ConfigError, "did you mean grpo"),
+        ({"options": {"betta": 1.0}}, ConfigError, "did you mean beta"),
+        ({"options": {"beta": "much"}}, ConfigError, "is float like"),
+        ({"method": "f-dpo", "options": {"divergence": "total_variation"}}, ConfigError, "total_variation"),
+        ({"reward": job.RewardConfig()}, ConfigError, "none is named"),
+        ({"reward": job.RewardConfig(name="exactly")}, ConfigError, "there is no reward"),
+        ({"reward": job.RewardConfig(name="regex")}, ConfigError, "reward.pattern"),
+        ({"reward": job.RewardConfig(name="nowhere.py:f")}, DataError, "nowhere.py"),
+        ({"sampling": job.SamplingConfig(group=1)}, ConfigError, "sampling.group"),
+        ({"model": ""}, ConfigError, "no model"),
+        ({"data": job.ExampleConfig()}, ConfigError, "no data"),
+        ({"data": job.ExampleConfig(train="gone.jsonl")}, DataError, "gone.jsonl does not exist"),
+        ({"reference": ("gone",)}, DataError, "gone is not a directory"),
+        ({"seeds": ()}, ConfigError, "seeds"),
+    ],
+)
+def test_what_cannot_work_is_said_and_leaves_nothing(change, error, words, adder, tmp_path):
+    with pytest.raises(error, match=words):
+        job.run(align_config(adder, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_references_of_another_shape_or_tokenizer(adder, tmp_path):
+    from kullback.core.rng import generator
+    from kullback.data.tokenizer import train_byte_bpe
+    from kullback.models.small import small_llama
+
+    sizes = {"hidden": 16, "layers": 1, "heads": 2, "length": 32}
+    small_llama(257, **sizes, generator=generator(0)).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(adder / "model").save_pretrained(tmp_path / "other")
+    both = (str(adder / "model"), str(tmp_path / "other"))
+    with pytest.raises(ShapeError, match="average"):
+        job.run(align_config(adder, reference=both), tmp_path / "run")
+    train_byte_bpe(["abab"] * 9, 258).save_pretrained(tmp_path / "other")
+    with pytest.raises(ShapeError, match="tokenizer"):
+        job.run(align_config(adder, reference=both[1:]), tmp_path / "run")
