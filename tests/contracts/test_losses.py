@@ -10,6 +10,7 @@ import torch
 
 from kullback import testing
 from kullback.core.reduce import masked_mean, masked_sum
+from kullback.distill import balanced_kl
 from kullback.divergences import (
     NAMES,
     alpha_divergence,
@@ -63,6 +64,7 @@ def pld(log_p, log_q, **options):
 ranking = {"excused": ("zero_at_equality", "gradient"), "processes": False, "smooth": False, "tail": "grows"}
 truncated = (*ranking["excused"], "exact_zeros")  # a class that is not picked may be an exact zero of the student
 grows, overflows = {"tail": "grows"}, {"tail": "overflows"}
+infinite, gated = {"model_zero": True, "target_zero": True}, {**grows, "processes": False}  # a channel can move a gate
 TABLE = {
     "kl": Row(kl, 0.2772588722, **grows, model_zero=True),
     "reverse_kl": Row(reverse_kl, 0.3465735903, **grows, target_zero=True),
@@ -95,6 +97,10 @@ TABLE = {
     "pld_loss": Row(pld, 0.8695705574, **ranking, model_zero=True),
     "pld_loss, two picks": Row(partial(pld, topk=2), 0.8695705574, **{**ranking, "excused": truncated}),
     "definition of jsd": Row(f_divergence("jsd").definition, 0.0736710448),
+    "balanced_kl": Row(balanced_kl, 0.9704060528, **infinite, **gated),
+    "balanced_kl, inverse": Row(partial(balanced_kl, mode="bdkd_inverse"), 0.9010913347, **infinite, **gated),
+    "balanced_kl at power 4": Row(partial(balanced_kl, power=4.0, delta=3.0), 1.3169796431, **infinite, **gated),
+    "balanced_kl by confidence": Row(partial(balanced_kl, gate="confidence"), 0.9704060528, **infinite, **gated),
 }
 
 
