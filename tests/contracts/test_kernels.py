@@ -15,6 +15,8 @@ import torch
 
 from kullback.core.checkpoint import load_state, save_state
 from kullback.core.types import Kernel
+from kullback.optim.chains import base_chain
+from kullback.optim.srrw import srrw
 from kullback.sample.exact_smoothing import kalman_paths, kalman_smoother
 from kullback.sample.paris import paris
 from kullback.sample.ppg import particle_gibbs, ppg
@@ -174,7 +176,29 @@ def smoothers() -> dict[str, Row]:
     }
 
 
-TABLE: dict[str, Row] = {**smoothers()}
+def walks() -> dict[str, Row]:
+    """Self-repellent walks on a ring, where by symmetry the mean history is uniform at any time."""
+    nodes = torch.arange(7)
+    ring = torch.zeros(7, 7)
+    ring[nodes, (nodes + 1) % 7] = 1.0
+    chain, target = base_chain(ring + ring.T), torch.full((7,), 1 / 7, dtype=torch.float64)
+
+    def row(alpha: float, a: float, **options: Any) -> Row:
+        return Row(
+            srrw(chain, alpha, a, **options),
+            begin=lambda kernel, generator, chains: kernel.init(runs=chains, generator=generator),
+            value=lambda state, info: state.history, target=target, steps=12, chains=2000,
+        )  # fmt: skip
+
+    return {
+        "base chain": row(0.0, 1.0),
+        "self-repellent walk": row(8.0, 0.8),
+        "self-repellent walks of two tokens": row(3.0, 0.7, tokens=2),
+        "self-repellent walk, weighted, warmed up": row(5.0, 1.0, weight_power=1.0, warm_up=6),
+    }
+
+
+TABLE: dict[str, Row] = {**smoothers(), **walks()}
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -5,6 +5,7 @@ from kullback.optim.srrw import SRRW, WalkState, srrw, srrw_kernel, start_walk, 
 from kullback.optim.srrw_simulation import GeneralizedLinear, MeanOf, Simulation, simulate
 from kullback.optim.srrw_theory import optimization_covariance, sampling_covariance
 from kullback.optim.token_optimizer import SASRRW, TokenSampler
+from kullback.optim.token_processes import TokenResult, walk_tokens
 
 __all__ = [
     "SASRRW",
@@ -13,6 +14,7 @@ __all__ = [
     "GeneralizedLinear",
     "MeanOf",
     "Simulation",
+    "TokenResult",
     "TokenSampler",
     "WalkState",
     "base_chain",
@@ -25,4 +27,5 @@ __all__ = [
     "start_walk",
     "stationary_of",
     "walk",
+    "walk_tokens",
 ]

@@ -100,13 +100,15 @@ class GeneralizedLinear:
         """The root of the mean field under the target [N], by Newton's method. Raises DataError where there is none."""
         theta = torch.zeros(self.features.shape[1], dtype=torch.float64)
         for _ in range(steps):
-            force = target @ self.at(theta)
+            force, slope = target @ self.at(theta), self.jacobian(theta, target)
+            if torch.linalg.eigvalsh(slope)[-1] > -1e-10:
+                break
             if force.abs().max() < 1e-14 * max(1.0, self.features.abs().max().item()):
                 return theta
-            move = torch.linalg.lstsq(self.jacobian(theta, target), -force.unsqueeze(1)).solution.squeeze(1)
+            move = torch.linalg.solve(slope, -force)
             theta = theta + move * min(1.0, 10.0 / max(move.norm().item(), 1e-300))
-        if not force.abs().max() < 1e-9:
-            raise DataError(f"no optimum after {steps} steps of Newton: the mean loss may have none, add a ridge")
+        if not force.abs().max() < 1e-9 or torch.linalg.eigvalsh(slope)[-1] > -1e-10:
+            raise DataError("Newton finds no optimum: the mean loss has none, or a flat one; add a ridge")
         return theta
 
     def arrays(self) -> tuple[int, Tensor, Tensor, float]:
