@@ -5,7 +5,7 @@ Shapes: B rows of L prompt tokens, padded on the left, and T completion tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -73,9 +73,9 @@ def collate_completions(prompts: Sequence[Sequence[int]], completions: Sequence[
     }
 
 
-def index_items(count: int) -> list[dict[str, Tensor]]:
+def index_items(numbers: Iterable[int]) -> list[dict[str, Tensor]]:
     """The data set of a method that samples: the numbers of its prompts."""
-    return [{"index": torch.tensor(number)} for number in range(count)]
+    return [{"index": torch.tensor(number)} for number in numbers]
 
 
 class AlignTrainer(Trainer):
@@ -140,6 +140,17 @@ class AlignTrainer(Trainer):
         count = torch.tensor(sum(self.method.count(batch) for batch in batches), device=device, dtype=torch.float64)
         return batches, self.accelerator.reduce(count).clamp(min=1.0)
 
+    def extra_state(self) -> dict[str, Any]:
+        """What the method remembers, for a checkpoint."""
+        method: Any = self.method
+        return {"method": method.state_dict() if hasattr(method, "state_dict") else {}}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Give the method back what it remembered."""
+        method: Any = self.method
+        if state["method"]:
+            method.load_state_dict(state["method"])
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means of what the method tells, under the names metric/..."""
         if self._terms and "loss" in logs:
@@ -165,7 +176,10 @@ class AlignTrainer(Trainer):
             if self.method.needs_reference and self.reference is not None:
                 given = (found.ids, found.attention_mask, found.completion_mask)
                 batch["reference_log_prob"] = self.reference(*given)
-            return self.method.prepare(batch, group=self.group, generator=draw)  # type: ignore[attr-defined, no-any-return]
+            remembers = {"gather": self.accelerator.gather} if hasattr(self.method, "load_state_dict") else {}
+            method: Any = self.method
+            prepared: dict[str, Any] = method.prepare(batch, group=self.group, generator=draw, **remembers)
+            return prepared
 
     def _precision(self) -> Any:
         return self.compute_loss_context_manager() if self.args.bf16 else nullcontext()

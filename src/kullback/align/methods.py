@@ -19,7 +19,7 @@ from kullback.align.log_probs import sequence_log_probs
 from kullback.align.policy_gradient import reduce_tokens
 from kullback.core.errors import ShapeError
 
-__all__ = ["Batch", "Method", "OnlineMethod", "Preference", "Supervised", "pair_halves"]
+__all__ = ["Batch", "Method", "OnlineMethod", "Preference", "StatefulMethod", "Supervised", "pair_halves"]
 
 Batch = Mapping[str, Tensor]
 
@@ -46,6 +46,17 @@ class OnlineMethod(Method, Protocol):
     """
 
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]: ...
+
+
+class StatefulMethod(OnlineMethod, Protocol):
+    """An online method that remembers: running means, counts of prompts.
+
+    Its `prepare` is given `gather` as well, from this process's tensor [B, ...] to those of all processes one after
+    the other, so that all of them remember the same; `state_dict` is what a checkpoint holds.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 def pair_halves(tensor: Tensor) -> tuple[Tensor, Tensor]:

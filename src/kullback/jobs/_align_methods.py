@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
+from kullback.align.dph import Dph
 from kullback.align.f_dpo import FDPOLoss, paper_divergence
 from kullback.align.grpo import Grpo
 from kullback.align.methods import Preference, Supervised
+from kullback.align.rehearsal import RehearsalBuffer
 from kullback.core.errors import ConfigError
 from kullback.divergences import FDivergence, f_divergence
 from kullback.jobs._options import keywords
@@ -18,20 +20,38 @@ if TYPE_CHECKING:
     from kullback.align.methods import Method
     from kullback.jobs.align import MethodConfig
 
-__all__ = ["Kind", "chosen_method", "method_names"]
+__all__ = ["Choice", "Kind", "Rehearsal", "chosen_method", "method_names"]
 
 Kind = Literal["pair", "completion", "online"]
 _PAPER = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """The first stage of a method that rehearses: see `align.rehearsal.rehearse`."""
+
+    threshold: float = 0.75
+    answers: int = 8
+    kept: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A method, what it learns from, and the stage before it, where it has one."""
+
+    kind: Kind
+    method: Method
+    rehearsal: Rehearsal | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     kind: Kind
-    build: Callable[..., Method]
+    build: Callable[..., Method | tuple[Method, Rehearsal]]
 
 
-def chosen_method(config: MethodConfig) -> tuple[Kind, Method]:
-    """What the method learns from, and the method. Raises ConfigError for an unknown name, option or value."""
+def chosen_method(config: MethodConfig) -> Choice:
+    """The method of this name with its options. Raises ConfigError for an unknown name, option or value."""
     known = _entries()
     name = config.name.replace("_", "-")
     if name not in known:
@@ -40,7 +60,8 @@ def chosen_method(config: MethodConfig) -> tuple[Kind, Method]:
         raise ConfigError(f"there is no method {config.name!r}: {hint}")
     entry = known[name]
     given = keywords(f"the method {name}", entry.build, config.options, where="method.options")
-    return entry.kind, entry.build(**given)
+    built = entry.build(**given)
+    return Choice(entry.kind, *built) if isinstance(built, tuple) else Choice(entry.kind, built)
 
 
 def method_names() -> list[str]:
@@ -57,6 +78,7 @@ def _entries() -> dict[str, _Entry]:
         "grpo": _Entry("online", _grpo),
         "dr-grpo": _Entry("online", _dr_grpo),
         "rloo": _Entry("online", _rloo),
+        "dph-rl": _Entry("online", _dph),
     }
 
 
@@ -106,3 +128,16 @@ def _rloo(*, beta: float = 0.05) -> Method:
         beta=beta, penalty="k1", scale="none", baseline="leave-one-out", reduction="seq-mean-token-sum",
         clip_low=float("inf"), clip_high=float("inf"),
     )  # fmt: skip
+
+
+def _dph(
+    *, divergence: str = "forward_kl", alpha: float = 0.2, eta: float = 0.02, rehearsed: int = 0, level: str = "token",
+    form: str = "generator", visited: float = 0.1, threshold: float = 0.75, answers: int = 8, kept: int = 1,
+    clip_low: float = 0.2, clip_high: float = 0.28,
+) -> tuple[Method, Rehearsal]:  # fmt: skip
+    chosen: dict[str, Any] = {"divergence": divergence, "level": level, "form": form}
+    method = Dph(
+        buffer=RehearsalBuffer(), policy=Grpo(clip_low=clip_low, clip_high=clip_high, dual_clip=3.0), alpha=alpha,
+        eta=eta, rehearsed=rehearsed, visited=visited, **chosen,
+    )  # fmt: skip
+    return method, Rehearsal(threshold=threshold, answers=answers, kept=kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kullback.core.errors import ConfigError, RewardError
 from kullback.core.runs import Run
 from kullback.jobs._align_data import Examples, collator, read_split
 from kullback.jobs._align_methods import chosen_method
+from kullback.jobs._align_rehearsal import rehearsed
 from kullback.jobs._align_report import METRICS, write_report
 from kullback.jobs._align_rewards import chosen_reward
 from kullback.jobs._align_validation import Validation
@@ -60,8 +62,8 @@ class Alignment:
         self.config, self.out, self.state = config, out, processes(config.training)
         self.listen = quiet_elsewhere(listen, self.state)
         fresh = not resume and not out.exists()
-        self.kind, method = chosen_method(config.method)
-        self._check_method(method)
+        self.kind = chosen_method(config.method).kind
+        self._check_method()
         self.folder = self._folder()
         self.tokenizer = load_tokenizer(self.folder, role="model")
         self.reward = chosen_reward(config.reward, needed=self.kind == "online")
@@ -113,13 +115,15 @@ class Alignment:
         return frozen_reference(self.reference_model, **options)
 
     def trainer(self, part: Part, run: Run) -> _Trainer:
-        _, method = chosen_method(part.method)
-        policy = self.policy(part.seed)
-        online = self.kind == "online"
+        choice = chosen_method(part.method)
+        method, policy, online = choice.method, self.policy(part.seed), self.kind == "online"
+        prompts: Sequence[int] = range(len(self.examples))
+        if choice.rehearsal is not None:
+            prompts, method = rehearsed(self, choice, policy, run)
         trainer = _Trainer(
             model=policy,
             args=training_arguments(part.training, run, processes=self.state.num_processes),
-            train_dataset=index_items(len(self.examples)) if online else self.examples,
+            train_dataset=index_items(prompts) if online else self.examples,
             data_collator=None if online else collator(self.tokenizer.eos_token_id),
             method=method,
             reference=self.reference_of(policy) if method.needs_reference else None,
@@ -158,7 +162,7 @@ class Alignment:
         """Of the policy in the loss: that of the samples where there are any, else 1."""
         return self.config.sampling.temperature if self.kind == "online" else 1.0
 
-    def _check_method(self, method: Any) -> None:
+    def _check_method(self) -> None:
         training = self.config.training
         if training.fsdp and self.kind == "online":
             raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")

@@ -30,6 +30,7 @@ _FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 class RunCheckpoints:
     """A mixin for transformers.Trainer: `class T(RunCheckpoints, Trainer)`, then `trainer.run = run`.
 
+    A Trainer with a state of its own, the same in all processes, has `extra_state()` and `load_extra_state(state)`.
     Raises CheckpointError when a checkpoint cannot be written or read, ConfigError for weights that are not finite.
     """
 
@@ -92,6 +93,8 @@ class RunCheckpoints:
         if self.args.should_save:
             save_state(Path(output_dir), "optimizer", optimizer)
             save_state(Path(output_dir), "schedule", self.lr_scheduler.state_dict())
+            if hasattr(self, "extra_state"):
+                save_state(Path(output_dir), "extra", self.extra_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -102,6 +105,8 @@ class RunCheckpoints:
         else:
             self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
+        if hasattr(self, "load_extra_state"):
+            self.load_extra_state(load_state(Path(checkpoint), "extra"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:
