@@ -1,6 +1,16 @@
 """Alignment: losses and policy gradients that bring a language model to preferences, rewards and targets."""
 
+from kullback.align.calibration import ece_gap_bound, preference_ece
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
+from kullback.align.f_dpo import (
+    FDPOLoss,
+    FDPOOutput,
+    fdpo_loss,
+    fppo_penalty,
+    implicit_reward,
+    paper_divergence,
+    preference_metrics,
+)
 from kullback.align.log_probs import (
     TokenLogProbs,
     completion_log_probs,
@@ -26,6 +36,7 @@ from kullback.align.policy_gradient import (
     reduce_tokens,
     reference_penalty,
 )
+from kullback.align.regularised import RegularisedPolicy, f_regularised_policy
 from kullback.align.rehearsal import Partition, RehearsalBuffer, partition_by_pass_rate, rehearse
 from kullback.align.rewards import (
     ArithmeticReward,
@@ -43,9 +54,12 @@ __all__ = [
     "ArithmeticReward",
     "Dph",
     "ExactReward",
+    "FDPOLoss",
+    "FDPOOutput",
     "ModelReward",
     "Partition",
     "PatternReward",
+    "RegularisedPolicy",
     "RehearsalBuffer",
     "Rollouts",
     "TokenLogProbs",
@@ -56,16 +70,24 @@ __all__ = [
     "constant_groups",
     "coverage_at_k",
     "distinct_n",
+    "ece_gap_bound",
+    "f_regularised_policy",
+    "fdpo_loss",
+    "fppo_penalty",
     "grouped_advantages",
+    "implicit_reward",
     "leave_one_out_baseline",
     "load_reward",
     "log_probs_from_hidden",
     "log_probs_from_logits",
     "mean_pass_at_k",
     "pad_left",
+    "paper_divergence",
     "partition_by_pass_rate",
     "pass_at_k",
     "policy_ratio",
+    "preference_ece",
+    "preference_metrics",
     "reduce_tokens",
     "reference_penalty",
     "rehearsal_divergence",

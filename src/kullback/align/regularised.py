@@ -42,13 +42,13 @@ def f_regularised_policy(
     *,
     divergence: FDivergence,
     beta: float,
-    tolerance: float = 1e-11,
+    tolerance: float = 1e-12,
 ) -> RegularisedPolicy:
     """The policy that maximises E r - beta D(reference||policy), and its multiplier m; [..., Y] to [..., Y] and [...].
 
     r - beta s(log policy - log reference) = m wherever the policy has mass. Outcomes without mass under the reference
     have none. Where s is finite at ratio 0 (chi-squared) outcomes of low reward have none either.
-    tolerance: of the logarithm of the policy's sum, which then is normalised. Raises ConfigError for beta <= 0 and for
+    tolerance: of the logarithm of the sum, which then is made 1. Raises ConfigError for beta <= 0 and for
     total variation, ShapeError, and DataError for NaN or a reference without mass.
 
     >>> from kullback.divergences import f_divergence
@@ -90,7 +90,7 @@ def _solve(divergence: FDivergence, log_p: Tensor, y: Tensor, tolerance: float) 
     rows, high = torch.arange(len(at)), y.amax(-1, keepdim=True)
     low, before, value_before, slope = at, at, at, at
     for count in range(_STEPS):
-        log_policy = divergence.link_inverse(y - at).add_(log_p)
+        log_policy = _log_ratio(divergence, y - at).add_(log_p)
         log_total = log_policy.exp().sum(-1, keepdim=True).log()
         value, moved = divergence.link(log_total), at - before
         if count:  # a difference of a few roundings says nothing of the slope
@@ -102,17 +102,35 @@ def _solve(divergence: FDivergence, log_p: Tensor, y: Tensor, tolerance: float) 
         step = torch.where((step >= low) & (step <= high), step, 0.5 * (low + high))
         done = (log_total.abs() <= tolerance) | ((step - at).abs() <= 4e-16 * at.abs()) | value.isnan()
         if done.all() or count == _STEPS - 1:
-            found[rows], place[rows] = log_policy.sub_(log_total), at.where(log_total.isfinite(), math.nan)
+            found[rows], place[rows] = _completed(log_policy, log_total), at.where(log_total.isfinite(), math.nan)
             break
         before, value_before, at = at, value, torch.where(done, at, step)
         if 4 * int(done.sum()) >= len(done):  # go on with the other rows
             over, on = done.squeeze(-1), (~done).squeeze(-1).nonzero().squeeze(-1)
-            found[rows[over]], place[rows[over]] = (log_policy[over] - log_total[over]), at[over]
+            found[rows[over]], place[rows[over]] = _completed(log_policy[over], log_total[over]), at[over]
             rows, y, log_p, low, high = rows[on], y[on], log_p[on], low[on], high[on]
             before, value_before, slope, at = before[on], value_before[on], slope[on], at[on]
     if nothing is not None:
         found.masked_fill_(nothing, -math.inf)
     return found, (place + origin).squeeze(-1)
+
+
+def _log_ratio(divergence: FDivergence, y: Tensor) -> Tensor:
+    """s^-1(y), -inf below the values of s where it is bounded there."""
+    least = divergence.dual().domain[0]
+    if least == -math.inf:
+        return divergence.link_inverse(y)
+    return divergence.link_inverse(y.clamp(min=least)).masked_fill_(y <= least, -math.inf)
+
+
+def _completed(log_policy: Tensor, log_total: Tensor) -> Tensor:
+    """The policy with what is missing to 1 given to its largest entry.
+
+    Where a reference is small that entry lies so near the end of the domain that its mass, unlike its reward, is lost
+    in the rounding of m; to divide all by the sum would carry that error to the others.
+    """
+    largest, where = log_policy.max(-1, keepdim=True)
+    return log_policy.scatter(-1, where, (largest.exp() - torch.expm1(log_total)).log())
 
 
 def _slope(divergence: FDivergence, log_ratio: Tensor) -> Tensor:
