@@ -280,3 +280,26 @@ def test_a_language_model_is_conditioned_on_clusters_of_tokens(generator, tmp_pa
     assert job.evaluate()["eval_cmi"] == pytest.approx(wanted, abs=1e-6)
     with pytest.raises(ConfigError, match="together"):
         trainer(tmp_path, model, data, lam=0.1, num_groups=3)
+
+
+def test_several_teachers_at_once_are_each_alone(trained, generator):
+    teacher, inputs, labels = trained
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other[-1].weight.mul_(0.3)
+    data = Datasets(inputs, labels, *clusters(generator, 400, noise=1.2))
+
+    def distilled(teachers):
+        student = network(torch.Generator().manual_seed(3), hidden=8)
+        found = zero_shot_distill(
+            teachers, student, data, omit=[1], generator=torch.Generator().manual_seed(4), epochs=5
+        )
+        return found, student
+
+    together, untouched = distilled([teacher, other])
+    fresh = network(torch.Generator().manual_seed(3), hidden=8)
+    assert torch.equal(untouched[0].weight, fresh[0].weight)
+    for index, one in enumerate((teacher, other)):
+        alone, student = distilled(one)
+        torch.testing.assert_close(together[index], alone, rtol=0, atol=0.011)
+        assert not torch.equal(student[0].weight, fresh[0].weight)

@@ -279,7 +279,7 @@ def kd_loss(
     """
     log_p = torch.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     log_q = torch.log_softmax(student_logits / temperature, dim=-1)
-    soft = nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    soft = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     hard = nn.functional.cross_entropy(student_logits, labels)
     return (1.0 - alpha) * hard + alpha * temperature**2 * soft
 
@@ -294,7 +294,7 @@ class Datasets(NamedTuple):
 
 
 def zero_shot_distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     student: nn.Module,
     data: Datasets,
     *,
@@ -308,24 +308,57 @@ def zero_shot_distill(
     """Distil into `student`, in place, without the samples of the omitted classes; accuracy of each class [C].
 
     The student keeps all outputs: the teacher's mass on the omitted ones is all that it learns of them. kd: loss of
-    (teacher logits, student logits, labels). omit may be empty. Adam. Raises ConfigError where nothing is left.
+    (teacher logits, student logits, labels). omit may be empty. Adam. Several teachers: each distils a copy of the
+    student, all on the same batches and in one pass; accuracies [teachers, C], and `student` stays as it is. Raises
+    ConfigError where no sample is left.
     """
     kept = ~torch.isin(data.labels, torch.tensor(list(omit), dtype=data.labels.dtype))
     if not bool(kept.any()):
         raise ConfigError(f"no sample is left to train on without the classes {list(omit)}: omit fewer")
     inputs, labels = data.inputs[kept], data.labels[kept]
+    several = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     with torch.no_grad():
-        taught = teacher.eval()(inputs)
-        classes = taught.shape[-1]
-    optimizer = torch.optim.Adam(student.parameters(), learning_rate, foreach=True)
+        taught = torch.stack([model.eval()(inputs) for model in several])
     student.train()
+    parameters, loss = _together(student, len(several), kd)
+    optimizer = torch.optim.Adam(list(parameters.values()), learning_rate, foreach=True)
     for _ in range(epochs):
         for rows in torch.randperm(len(inputs), generator=generator).split(batch):
             optimizer.zero_grad()
-            kd(taught[rows], student(inputs[rows]), labels[rows]).backward()
+            loss(taught[:, rows], inputs[rows], labels[rows]).backward()
             optimizer.step()
-    with torch.no_grad():
-        right = (student.eval()(data.test_inputs).argmax(-1) == data.test_labels).to(torch.float64)
+    accuracies = []
+    judged = student if isinstance(teacher, nn.Module) else copy.deepcopy(student)
+    for index in range(len(several)):
+        judged.load_state_dict({name: value[index].detach() for name, value in parameters.items()}, strict=False)
+        accuracies.append(_accuracy_by_class(judged.eval(), data, taught.shape[-1]))
+    return accuracies[0] if isinstance(teacher, nn.Module) else torch.stack(accuracies)
+
+
+def _together(
+    student: nn.Module, count: int, kd: StudentLoss
+) -> tuple[dict[str, Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Weights of `count` copies, stacked, and the sum of their losses from taught [count, b, C], inputs and labels."""
+    parameters = {
+        name: value.detach().expand(count, *value.shape).clone().requires_grad_()
+        for name, value in student.named_parameters()
+    }
+
+    def loss(weights: dict[str, Tensor], taught: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        return kd(taught, torch.func.functional_call(student, weights, (inputs,)), labels)
+
+    if count == 1:
+        # Without vmap, so that layers with a state of their own, as batch norm, work.
+        return parameters, lambda taught, inputs, labels: loss(
+            {name: value[0] for name, value in parameters.items()}, taught[0], inputs, labels
+        )
+    mapped = torch.func.vmap(loss, in_dims=(0, 0, None, None))
+    return parameters, lambda taught, inputs, labels: mapped(parameters, taught, inputs, labels).sum()
+
+
+@torch.no_grad()
+def _accuracy_by_class(model: nn.Module, data: Datasets, classes: int) -> Tensor:
+    right = (model(data.test_inputs).argmax(-1) == data.test_labels).to(torch.float64)
     counts = torch.bincount(data.test_labels, minlength=classes)
     total = right.new_zeros(classes).index_add(0, data.test_labels, right)
     return total / counts.masked_fill(counts == 0, 1) + torch.where(counts == 0, torch.nan, 0.0)
