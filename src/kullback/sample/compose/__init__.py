@@ -1,0 +1,96 @@
+"""Inference algorithms stacked from small pieces, each of which keeps the measure that a program stands for.
+
+A program samples, weighs and marks checkpoints; a representation is a way to run it; transformations lead from one to
+another. `validate` runs an algorithm on exact enumeration and compares it with `meaning`.
+"""
+
+from kullback.sample.compose.algorithms import MH, PMMH, RMSMC, SMC, SMC2, Algorithm, Importance, Rejection, Transformed
+from kullback.sample.compose.laws import Finite, Law, Quantile, Unit, bernoulli, categorical, uniform_integer
+from kullback.sample.compose.programs import Program, Trace, bind, factor, prim, program, sample, spawn, yield_
+from kullback.sample.compose.representations import (
+    Enum,
+    Population,
+    Representation,
+    Represented,
+    Sam,
+    Suspended,
+    Traced,
+    Weighted,
+)
+from kullback.sample.compose.transformations import (
+    advance,
+    apply_weight,
+    collapse,
+    compose,
+    evidence,
+    extract_evidence,
+    finish,
+    flatten,
+    freeze,
+    hoist,
+    marginal,
+    mh_step,
+    propose,
+    push_evidence,
+    resample,
+    self_normalised,
+)
+from kullback.sample.compose.validation import ValidationReport, algorithm, meaning, validate
+from kullback.sample.compose.weights import LogWeight
+
+__all__ = [
+    "MH",
+    "PMMH",
+    "RMSMC",
+    "SMC",
+    "SMC2",
+    "Algorithm",
+    "Enum",
+    "Finite",
+    "Importance",
+    "Law",
+    "LogWeight",
+    "Population",
+    "Program",
+    "Quantile",
+    "Rejection",
+    "Representation",
+    "Represented",
+    "Sam",
+    "Suspended",
+    "Trace",
+    "Traced",
+    "Transformed",
+    "Unit",
+    "ValidationReport",
+    "Weighted",
+    "advance",
+    "algorithm",
+    "apply_weight",
+    "bernoulli",
+    "bind",
+    "categorical",
+    "collapse",
+    "compose",
+    "evidence",
+    "extract_evidence",
+    "factor",
+    "finish",
+    "flatten",
+    "freeze",
+    "hoist",
+    "marginal",
+    "meaning",
+    "mh_step",
+    "prim",
+    "program",
+    "propose",
+    "push_evidence",
+    "resample",
+    "sample",
+    "self_normalised",
+    "spawn",
+    "uniform_integer",
+    "validate",
+    "yield_",
+]
