@@ -33,6 +33,7 @@ LAYERS = (
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 # Siblings that may import one another all the same: text made on policy, and KDRL, which joins two rooms.
 EXCEPTIONS = {("distill", "decode"), ("align", "decode"), ("align.kdrl", "distill")}
+EXCEPTIONS |= {("papers.rooms.align", "jobs"), ("papers.rooms.distill", "jobs")}  # they compare what the jobs do
 # These save and restore the state of the global generators, which transformers.Trainer draws from.
 RESTORES_RANDOM_STATE = {"jobs._checkpoints"}
 

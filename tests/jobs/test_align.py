@@ -36,7 +36,8 @@ def weights(run):
 
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_runs_and_leaves_all_that_a_job_leaves(method, adder, tmp_path):
-    run = job.run(align_config(adder, method=method), tmp_path / "run")
+    run = job.run(with_training(align_config(adder, method=method), steps=10), tmp_path / "run")
+    assert len(events(run.path, kind="step")) == 1, "a log is written every ten steps"
     report = json.loads((run.path / "report.json").read_text())
     before, after = report["rows"]
     assert before["policy"] == "before"

@@ -153,7 +153,7 @@ class AlignTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means of what the method tells, under the names metric/..."""
-        if self._terms and "loss" in logs:
+        if self._sums and "loss" in logs:
             names = sorted(self._sums)
             means = torch.stack([self._sums[name] / self._terms for name in names])
             means = self.accelerator.reduce(means, reduction="mean")

@@ -19,6 +19,8 @@ __all__ = ["reproduce"]
 def reproduce(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG", help="Papers, by their names.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="All papers whose method is here.")] = False,
+    room: Annotated[str, typer.Option(help="The papers of a room.")] = "",
+    table: Annotated[bool, typer.Option("--table", help="With --room: its methods side by side.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds, as in 0,1; the card's by default.")] = "",
     workers: Annotated[int, typer.Option(help="Seeds that run at the same time.", min=1)] = 1,
     engine: Annotated[str, typer.Option(help="Where they run: local or ray.")] = "local",
@@ -30,27 +32,26 @@ def reproduce(
     Exits with 1 when a claim is not met. What is recorded goes to results/ of the checkout, where there is one.
     """
     from kullback.cli._progress import Progress
-    from kullback.core.cards import papers
     from kullback.core.errors import ConfigError, Interrupted
     from kullback.papers import runner
     from kullback.papers.results import checkout
 
-    if bool(slugs) == all_:
-        raise ConfigError("name the papers to reproduce, as in `kullback reproduce sinkd`, or give --all")
-    chosen = [paper.slug for paper in papers() if paper.status == "ready"] if all_ else list(slugs or ())
+    if [bool(slugs), all_, bool(room)].count(True) != 1:
+        raise ConfigError("name the papers to reproduce, as in `kullback reproduce sinkd`, or give --all or --room")
+    if table and not room:
+        raise ConfigError("--table compares the methods of a room: name it with --room")
     root = Path("runs") / f"reproduce-{runner.code_digest()}" if out is None else out
     home = checkout()
+    options: dict[str, Any] = {
+        "root": root, "seeds": _seeds(seeds), "workers": workers, "engine": cast(Literal["local", "ray"], engine),
+        "results": None if home is None else home / "results",
+    }  # fmt: skip
     try:
         with Progress(quiet=json_) as progress:
-            outcomes = runner.reproduce_paper(
-                chosen,
-                root=root,
-                seeds=_seeds(seeds),
-                workers=workers,
-                engine=cast(Literal["local", "ray"], engine),
-                on_event=_Listener(progress),
-                results=None if home is None else home / "results",
-            )
+            options["on_event"] = _Listener(progress)
+            if table:
+                return _compare(room, options, as_json=json_)
+            outcomes = runner.reproduce_paper(_chosen(slugs, room), **options)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; seeds that are done stay in {root}, and the same command goes on") from None
     if json_:
@@ -58,6 +59,52 @@ def reproduce(
     else:
         _print(outcomes)
     return 0 if all(outcome.well for outcome in outcomes) else 1
+
+
+def _chosen(slugs: list[str] | None, room: str) -> list[str]:
+    """The papers named, or those that are ready: all, or of a room."""
+    from kullback.core.cards import papers
+    from kullback.core.errors import ConfigError
+
+    if slugs:
+        return slugs
+    known = {paper.room for paper in papers()}
+    if room and room not in known:
+        raise ConfigError(f"there is no room {room!r}: there are {', '.join(sorted(known))}")
+    found = [paper.slug for paper in papers() if paper.status == "ready" and room in ("", paper.room)]
+    if not found:
+        raise ConfigError(f"no paper of the room {room} is ready: `kullback papers` lists what is")
+    return found
+
+
+def _compare(room: str, options: dict[str, Any], *, as_json: bool) -> int:
+    """Run the comparison of a room and print its table, one part a task."""
+    from kullback.papers.comparison import compare_room
+
+    found = compare_room(room, **options)
+    if as_json:
+        print_json({**found.content, "errors": dict(found.errors), "path": str(found.path)})
+        return 1 if found.errors else 0
+    columns = found.content["columns"]
+    for task in dict.fromkeys(line["task"] for line in found.content["table"]):
+        lines = [line for line in found.content["table"] if line["task"] == task]
+        shown = [column for column in columns if any(column in line for line in lines)]
+        cells = [[line["method"], *(_mean(line, column) for column in shown)] for line in lines]
+        print_table([task, *(columns[column] for column in shown)], cells)
+        typer.echo()
+    typer.echo(f"± is the standard deviation over {len(found.content['seeds'])} seeds.")
+    for key, error in found.errors.items():
+        typer.echo(f"{key.replace('/', ' ')} failed: {error}")
+    where = found.recorded or found.path
+    typer.echo(f"{where}, {where.with_suffix('.svg')}")
+    return 1 if found.errors else 0
+
+
+def _mean(line: Mapping[str, Any], column: str) -> str:
+    if column not in line:
+        return "-"
+    spread = line[f"{column}_spread"]
+    return f"{line[column]:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 def _seeds(text: str) -> list[int] | None:

@@ -1,0 +1,101 @@
+"""The align room on one task: a small model that adds and is often wrong, every method with the same budget.
+
+Each method takes as many steps, on as many completions or pairs, as the others; the sums that it is measured on are
+those that it is trained on, since a pair or a completion says nothing about another sum.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from kullback.core.files import atomic_write
+from kullback.core.runs import Run
+from kullback.data.arithmetic import sum_examples
+from kullback.data.examples import Example
+from kullback.figures import figure
+from kullback.models.adder import trained_adder
+
+__all__ = ["COLUMNS", "SEEDS", "THREADS", "compare", "draw"]
+
+SEEDS, THREADS = (0, 1, 2), 1
+COLUMNS = {
+    "reward": "reward (pass@1)", "pass_k": "pass@16", "divergence": "KL to reference", "entropy": "entropy",
+    "distinct": "distinct-2", "milliseconds": "ms a step",
+}  # fmt: skip
+
+_TASK = "sums"
+_COMPLETIONS, _GROUP, _STEPS = 256, 8, 60
+_OPTIONS: dict[str, dict[str, Any]] = {"grpo": {"beta": 0.02}, "dr-grpo": {"length": 4}}
+
+
+def compare(run: Run) -> list[dict[str, Any]]:
+    """A row for the model as it starts out, and one for each method."""
+    from kullback.jobs._align_methods import method_names
+
+    rows: list[dict[str, Any]] = []
+    for name in method_names():
+        report, milliseconds = _align(run, name)
+        before, after = report["rows"]
+        if not rows:
+            rows.append({"task": _TASK, "method": "before", **_numbers(before)})
+        rows.append({"task": _TASK, "method": name, **_numbers(after), "milliseconds": milliseconds})
+        run.event("method", name=name, reward=after["reward"])
+    return rows
+
+
+def _align(run: Run, name: str) -> tuple[Mapping[str, Any], float]:
+    from kullback.jobs import align as job
+    from kullback.jobs._align_methods import chosen_method
+
+    base, sums = job.embedded(), run.path / "sums.jsonl"
+    if not sums.exists():
+        atomic_write(sums, "".join(json.dumps(_record(example)) + "\n" for example in sum_examples()))
+    data = replace(base.data, train=str(sums), validation=str(sums), validation_prompts=100)
+    method = job.MethodConfig(name=name, options=_OPTIONS.get(name, {}))
+    a_prompt = {"online": _GROUP, "pair": 2, "completion": 1}[chosen_method(method).kind]
+    training = replace(
+        base.training, steps=_STEPS, batch=_COMPLETIONS // a_prompt, evaluate_every=_STEPS, save_every=_STEPS
+    )
+    model = str(trained_adder())
+    config = replace(base, model=model, data=data, method=method, training=training, seeds=(run.seed,))
+    times: list[float] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "progress":
+            times.append(time.perf_counter())
+
+    done = job.run(config, run.path / name, listen=listen, resume=(run.path / name).exists())
+    steps = sorted(later - earlier for earlier, later in pairwise(times))
+    report: Mapping[str, Any] = json.loads((done.path / "report.json").read_text(encoding="utf-8"))
+    return report, 1000 * steps[len(steps) // 2] if steps else float("nan")
+
+
+def _record(example: Example) -> dict[str, Any]:
+    return {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected, **example.others}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {column: row[column] for column in COLUMNS if column in row}
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """What each method gains against how far it goes from the reference, and what it keeps of variety."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    panels = {"divergence": "KL to the reference (nats)", "pass_k": "pass@16"}
+    with figure(path, columns=2, size=(5.2, 3.8)) as axes:
+        for panel, (key, label) in zip(axes, panels.items(), strict=True):
+            for place, method in enumerate(methods):
+                found = [row for row in rows if row["method"] == method]
+                x, y = ([row[name] for row in found] for name in (key, "reward"))
+                style: dict[str, Any] = {"marker": "o", "color": f"C{place % 10}"}
+                if method == "before":
+                    style = {"marker": "*", "color": "black"}
+                panel.plot(x, y, linestyle="none", markersize=5, label=method, **style)
+            panel.set(xlabel=label, ylabel="reward (pass@1)")
+        axes[1].legend(frameon=False, fontsize=7, ncols=2)
