@@ -18,6 +18,9 @@ from kullback.core.types import Kernel
 from kullback.optim.chains import base_chain
 from kullback.optim.srrw import srrw
 from kullback.sample.exact_smoothing import kalman_paths, kalman_smoother
+from kullback.sample.fkc import fkc
+from kullback.sample.fkc_paths import VE, gaussian_mixture_path
+from kullback.sample.fkc_targets import Annealed, GeometricMean, ProductOfExperts, RewardTilted
 from kullback.sample.paris import paris
 from kullback.sample.ppg import particle_gibbs, ppg
 from kullback.sample.state_space import LinearGaussianModel, LinearGaussianProposal
@@ -198,7 +201,32 @@ def walks() -> dict[str, Row]:
     }
 
 
-TABLE: dict[str, Row] = {**smoothers(), **walks()}
+def correctors() -> dict[str, Row]:
+    """Feynman-Kac correctors of Gaussians, whose mean under each target is known; a run's end has it."""
+    schedule, steps = VE(0.02, 10.0), 60
+
+    def normal(mean: float, variance: float) -> Any:
+        return gaussian_mixture_path(torch.tensor([[mean]], dtype=torch.float64), variance, schedule)
+
+    def row(target: Any, mean: float, **options: Any) -> Row:
+        kernel = fkc(target, schedule, num_particles=500, num_steps=steps, heun=True, **options)
+        return Row(
+            kernel,
+            begin=lambda kernel, generator, chains: kernel.init(generator=generator, chains=chains),
+            value=lambda state, info: state.mean,
+            target=torch.tensor([mean], dtype=torch.float64), steps=steps, chains=40, streams=True,
+        )  # fmt: skip
+
+    one, two = normal(-1.0, 1.0), normal(1.0, 0.5)
+    return {
+        "FKC, annealed": row(Annealed(two, 2.0), 1.0),
+        "FKC, product": row(ProductOfExperts((one, two)), 1 / 3),
+        "FKC, guidance, resampled at need": row(GeometricMean(one, two, 1.5), 1.4, ess_threshold=0.5),
+        "FKC, reward, births and deaths": row(RewardTilted(two, lambda x, t: x[:, 0], 1), 1.5, resample="birth_death"),
+    }
+
+
+TABLE: dict[str, Row] = {**smoothers(), **correctors(), **walks()}
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -241,13 +241,12 @@ class _Corrector:
         else:
             mean, variance = self.target.start(self.schedule, first)
             noise = normal(shape, generator)
-            x = mean.to(noise) + variance.sqrt().to(noise) * noise
+            x = (mean.to(noise) + variance.sqrt().to(noise) * noise).to(self.dtype)
             known = self.target.log_start(x.flatten(0, 1), first)
             log_weights = None
             if known is not None:
                 own = -0.5 * noise.square() - 0.5 * (2 * math.pi * variance).log().to(noise)
                 log_weights = known.view(swarms, self.size) - own.flatten(2).sum(2)
-            x = x.to(self.dtype)
         if log_weights is None:
             log_weights = x.new_zeros(shape[:2])
         log_weights = log_weights.to(torch.promote_types(self.dtype, torch.float32))

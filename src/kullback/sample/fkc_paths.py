@@ -218,7 +218,7 @@ def gaussian_mixture_path(
 ) -> DiffusionPath:
     """The exact path of a mixture of isotropic Gaussians: means [M, d], variances [M] or one, log_weights [M] or equal.
 
-    The score is a fused handful of operations on [N, M] and [N, d]; the log-density is normalised.
+    The score takes two products and a softmax over [M, N]; the log-density is normalised.
 
     >>> path = gaussian_mixture_path(torch.zeros(1, 2), 1.0, VE())
     >>> path.score(torch.ones(1, 2), torch.tensor(1.0))
@@ -235,22 +235,22 @@ def gaussian_mixture_path(
     centre = shares.exp() @ means
     scatter = (shares.exp() @ (spread.unsqueeze(1) + (means - centre).square())).detach()
 
-    def parts(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log of each component's share of the density [N, M], its precision [M] and its centre [M, d]."""
+    def parts(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each component: log of its share of the density [M, N], and its precision with precision times centre."""
         scale, noise = schedule.scale_and_noise(float(level))
         precision = 1.0 / (scale**2 * spread + noise**2)
-        at = scale * means
-        constant = shares + 0.5 * d * (precision / (2 * math.pi)).log() - 0.5 * precision * at.square().sum(1)
-        logits = torch.addmm(constant, x, (precision.unsqueeze(1) * at).T)
-        return logits.addmm(x.square().sum(1, keepdim=True), -0.5 * precision.unsqueeze(0)), precision, at
+        pulls = torch.cat([(precision * scale).unsqueeze(1) * means, precision.unsqueeze(1)], dim=1)
+        constant = shares + 0.5 * d * (precision / (2 * math.pi)).log() - 0.5 * scale * (pulls[:, :d] * means).sum(1)
+        known = torch.cat([x.T, x.square().sum(1).mul_(-0.5).unsqueeze(0)])
+        return torch.addmm(constant.unsqueeze(1), pulls, known), pulls
 
     def score(x: Tensor, level: Tensor) -> Tensor:
-        logits, precision, at = parts(x, level)
-        share = logits.softmax(1)
-        return share @ (precision.unsqueeze(1) * at) - (share @ precision.unsqueeze(1)) * x
+        logits, pulls = parts(x, level)
+        pull = pulls.T @ logits.softmax(0)
+        return torch.addcmul(pull[:d].T, x, pull[d:].T, value=-1.0)
 
     def log_density(x: Tensor, level: Tensor) -> Tensor:
-        return parts(x, level)[0].logsumexp(1)
+        return parts(x, level)[0].logsumexp(0)
 
     return DiffusionPath(score, (d,), log_density, mean=centre, variance=scatter)
 

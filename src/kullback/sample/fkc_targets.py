@@ -16,8 +16,9 @@ with s_i = grad log q_i, d the number of dimensions, ' the derivative in v. Then
     E_p phi = E[w phi(x)] / E[w]  at each v,    d/dv log Z = E_p[rate].
 
 Annealing is one q with power b; guidance q_u^(1 - w) q_c^w. Adding nu grad log p dv and sqrt(2 nu) dW leaves p as it
-is, whence the freedom in zeta; `a` names it for annealing as the paper does: drift [b + a (1 - b)] s, zeta^2 = 1 +
-2 a (1 - b) / b; a = 0 is the target score, a = 1/2 tempered noise, whose weights vary more.
+is, whence the freedom in zeta; below 1 weights vary more, soon without bound; above 1 steps have to be finer. `a` names
+it for annealing as the paper does: drift [b + a (1 - b)] s, zeta^2 = 1 + 2 a (1 - b) / b; a = 0 is the target score,
+a = 1/2 tempered noise.
 
 Source: Skreta et al. 2025 (arXiv 2503.02819). Shapes: N particles [N, *shape], rates [N].
 """
@@ -90,7 +91,7 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x.flatten(1), y.flatten(1))
+    return (x * y).flatten(1).sum(1)
 
 
 def _check_noise(noise: float) -> None:
@@ -265,11 +266,17 @@ class GeometricMean:
         return self._product.log_start(x, step)
 
 
+def _check_differentiable(values: Tensor, what: str) -> None:
+    if not values.requires_grad:
+        raise ConfigError(f"{what} is differentiable in the particles: this one keeps no graph, drop its no_grad")
+
+
 def _with_gradient(function: Scalar, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     """A function's values [N] and gradient, detached."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         values = function(leaf, level)
+        _check_differentiable(values, "a reward or log-density")
         (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True, materialize_grads=True)
     return values.detach().to(x.dtype), gradient.detach()
 
@@ -339,9 +346,9 @@ class LearnedEnergy:
     """A density known up to a constant at each level, with particles driven by any field F.
 
     log_density: from particles and a level to [N], differentiable, as -gamma_t U(x). drive: F, from particles and a
-    level to [N, *shape]; for a score network half its score; it need not be a gradient. divergence of F: "exact" by
-    forward-mode derivatives, d calls, or "hutchinson" with Rademacher probes, drawn from `generator`; the noise of
-    the latter inflates E w by half its accumulated variance, which the sampler reports. "auto" is exact up to d = 64.
+    level to [N, *shape]; for a score network half its score; it need not be a gradient. divergence of F: "exact" by d
+    derivatives, or "hutchinson" with Rademacher probes, drawn from `generator`; the noise of the latter inflates E w
+    by half its accumulated variance, which the sampler reports. "auto" is exact up to d = 64.
     """
 
     log_density: Scalar
@@ -378,24 +385,33 @@ class LearnedEnergy:
 
     def _drive(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """F, its divergence [N], and the variance of the latter's estimate."""
-        exact = self._exact()
-        directions = math.prod(self.shape) if exact else self.probes
-        found, push = [], x
-        for index in range(directions):
-            if exact:
-                tangent = torch.zeros_like(x).flatten(1)
-                tangent[:, index] = 1.0
-                tangent = tangent.view_as(x)
-            else:
-                signs = torch.randint(2, x.shape, generator=self.generator, device=x.device)
-                tangent = (2 * signs - 1).to(x.dtype)
-            push, change = torch.func.jvp(lambda y: self.drive(y, level), (x,), (tangent,))[:2]
-            found.append(_product(tangent, change.to(x.dtype)))
-        each = torch.stack(found)
+        exact, found = self._exact(), []
+        # Reverse mode: it is there for every network, and one pass forward serves all directions.
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            push = self.drive(leaf, level)
+            _check_differentiable(push, "a drive")
+            count = math.prod(self.shape) if exact else self.probes
+            for index in range(count):
+                direction = self._direction(x, index)
+                (change,) = torch.autograd.grad(
+                    (push * direction).sum(), leaf, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                found.append(_product(direction, change))
+        each, push = torch.stack(found), push.detach().to(x.dtype)
         if exact:
-            return push.to(x.dtype), each.sum(0), None
+            return push, each.sum(0), None
         error = each.var(0) / len(found) if len(found) > 1 else torch.full_like(each[0], math.nan)
-        return push.to(x.dtype), each.mean(0), error
+        return push, each.mean(0), error
+
+    def _direction(self, x: Tensor, index: int) -> Tensor:
+        """A unit vector for all particles [1, *shape], or random signs [N, *shape]."""
+        if self._exact():
+            unit = torch.zeros_like(x[:1]).flatten(1)
+            unit[:, index] = 1.0
+            return unit.view_as(x[:1])
+        signs = torch.randint(2, x.shape, generator=self.generator, device=x.device)
+        return (2 * signs - 1).to(x.dtype)
 
     def start(self, schedule: Schedule, step: Step) -> tuple[Tensor, Tensor]:
         """Mean and variance of the Gaussian at the first level."""
