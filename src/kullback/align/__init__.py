@@ -2,6 +2,15 @@
 
 from kullback.align.calibration import ece_gap_bound, preference_ece
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
+from kullback.align.f_dpg import (
+    FDpg,
+    PartitionEstimator,
+    RunningBaseline,
+    divergence_estimates,
+    fdpg_loss,
+    quasi_rejection,
+    target_divergence,
+)
 from kullback.align.f_dpo import (
     FDPOLoss,
     FDPOOutput,
@@ -11,6 +20,7 @@ from kullback.align.f_dpo import (
     paper_divergence,
     preference_metrics,
 )
+from kullback.align.grpo import Grpo
 from kullback.align.log_probs import (
     TokenLogProbs,
     completion_log_probs,
@@ -27,6 +37,7 @@ from kullback.align.measures import (
     self_similarity,
     token_entropy,
 )
+from kullback.align.methods import Method, OnlineMethod, Preference, StatefulMethod, Supervised
 from kullback.align.policy_gradient import (
     clipped_policy_loss,
     clipped_share,
@@ -49,6 +60,7 @@ from kullback.align.rewards import (
     score,
 )
 from kullback.align.rollouts import Rollouts, pad_left, sample_rollouts
+from kullback.align.scored import ScoredRollouts
 
 __all__ = [
     "ArithmeticReward",
@@ -56,12 +68,22 @@ __all__ = [
     "ExactReward",
     "FDPOLoss",
     "FDPOOutput",
+    "FDpg",
+    "Grpo",
+    "Method",
     "ModelReward",
+    "OnlineMethod",
     "Partition",
+    "PartitionEstimator",
     "PatternReward",
+    "Preference",
     "RegularisedPolicy",
     "RehearsalBuffer",
     "Rollouts",
+    "RunningBaseline",
+    "ScoredRollouts",
+    "StatefulMethod",
+    "Supervised",
     "TokenLogProbs",
     "arithmetic_value",
     "clipped_policy_loss",
@@ -70,8 +92,10 @@ __all__ = [
     "constant_groups",
     "coverage_at_k",
     "distinct_n",
+    "divergence_estimates",
     "ece_gap_bound",
     "f_regularised_policy",
+    "fdpg_loss",
     "fdpo_loss",
     "fppo_penalty",
     "grouped_advantages",
@@ -88,6 +112,7 @@ __all__ = [
     "policy_ratio",
     "preference_ece",
     "preference_metrics",
+    "quasi_rejection",
     "reduce_tokens",
     "reference_penalty",
     "rehearsal_divergence",
@@ -98,6 +123,7 @@ __all__ = [
     "score",
     "self_similarity",
     "sequence_log_probs",
+    "target_divergence",
     "token_entropy",
     "visited_penalty",
 ]

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from kullback.align.dph import Dph
+from kullback.align.f_dpg import FDpg, target_divergence
 from kullback.align.f_dpo import FDPOLoss, paper_divergence
 from kullback.align.grpo import Grpo
 from kullback.align.methods import Preference, Supervised
@@ -78,6 +79,7 @@ def _entries() -> dict[str, _Entry]:
         "grpo": _Entry("online", _grpo),
         "dr-grpo": _Entry("online", _dr_grpo),
         "rloo": _Entry("online", _rloo),
+        "f-dpg": _Entry("online", _f_dpg),
         "dph-rl": _Entry("online", _dph),
     }
 
@@ -128,6 +130,14 @@ def _rloo(*, beta: float = 0.05) -> Method:
         beta=beta, penalty="k1", scale="none", baseline="leave-one-out", reduction="seq-mean-token-sum",
         clip_low=float("inf"), clip_high=float("inf"),
     )  # fmt: skip
+
+
+def _f_dpg(
+    *, divergence: str = "js", alpha: float = 0.5, beta: float = 0.1, target: str = "tilt", baseline: str = "window",
+    max_ratio: float | None = None,
+) -> Method:  # fmt: skip
+    chosen: dict[str, Any] = {"target": target, "baseline": baseline}
+    return FDpg(divergence=target_divergence(divergence, alpha=alpha), beta=beta, max_ratio=max_ratio, **chosen)
 
 
 def _dph(
