@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.reduce import masked_mean
-from kullback.divergences import kl, reverse_kl
-from kullback.divergences.fused import carry_nan, check_pair, log_ratio
+from kullback.divergences import from_logits, kl, reverse_kl
+from kullback.divergences.fused import check_pair
 
 __all__ = ["BalanceWeights", "Gate", "Mode", "balanced_kl", "bdkd_loss", "bdkd_teacher_loss", "bdkd_weights"]
 
@@ -72,27 +72,63 @@ def _rule(mode: Mode, delta: float, gate: Gate, power: float, width: float | Non
 # --- the gate
 
 
-def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
-    return -(p * log_p.clamp(min=-1e38)).sum(-1)
+class _Side(NamedTuple):
+    """One network in a block of rows: logits less their largest, by temperature, their exponentials, and the sum."""
+
+    exponent: Tensor
+    worth: Tensor
+    total: Tensor
 
 
-def _certainty(log_p: Tensor, p: Tensor, rule: _Rule, labels: Tensor | None) -> Tensor:
+def _side(logits: Tensor, scale: float) -> _Side:
+    exponent = logits - logits.amax(-1, keepdim=True)
+    if scale != 1.0:
+        exponent.mul_(scale)
+    worth = exponent.exp()
+    return _Side(exponent, worth, worth.sum(-1, keepdim=True))
+
+
+def _power(side: _Side, power: float) -> Tensor:
+    """exp(power * exponent), where it can be by squaring."""
+    if power == 1.0:
+        return side.worth
+    if power in (2.0, 4.0, 8.0):
+        worth = side.worth.square()
+        while power > 2.0:
+            worth.square_()
+            power /= 2.0
+        return worth
+    return side.exponent.mul(power).exp_()
+
+
+def _certainty(side: _Side, rule: _Rule, labels: Tensor | None) -> Tensor:
     """How sure of itself a distribution is, [...]: minus its entropy, its largest entry, or that of the label."""
-    if rule.power != 1.0:
-        log_p = torch.log_softmax(log_p * rule.power, -1)
-        p = log_p.exp()
-    if rule.gate == "entropy":
-        return -_entropy(log_p, p)
-    if rule.gate == "confidence" or labels is None:
-        return p.amax(-1)
-    return p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    worth = _power(side, rule.power)
+    total = side.total.squeeze(-1) if rule.power == 1.0 else worth.sum(-1)
+    if rule.gate == "confidence":
+        return total.reciprocal()  # the largest logit has worth 1
+    if rule.gate == "label" and labels is not None:
+        return worth.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) / total
+    return rule.power * _dot(worth, side.exponent) / total - total.log()
 
 
-def _gap(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, rule: _Rule, labels: Tensor | None) -> Tensor:
+def _dot(worth: Tensor, exponent: Tensor) -> Tensor:
+    """sum worth * exponent, where 0 * -inf is 0."""
+    product = worth * exponent
+    total = product.sum(-1)
+    return total if _clean(total) else product.nan_to_num_(nan=0.0).sum(-1) + 0.0 * worth.sum(-1)
+
+
+def _clean(*values: Tensor) -> bool:
+    """Whether no NaN needs to be looked for, as far as can be told without waiting for an accelerator."""
+    return all(value.device.type == "cpu" and bool(value.isfinite().all()) for value in values)
+
+
+def _gap(teacher: _Side, student: _Side, rule: _Rule, labels: Tensor | None) -> Tensor:
     """How much surer of itself the teacher is than the student, [...]."""
     if rule.mode in ("dml", "reverse", "jeffreys"):  # which have no gate
-        return log_p.new_zeros(log_p.shape[:-1])
-    return _certainty(log_p, p, rule, labels) - _certainty(log_q, q, rule, labels)
+        return teacher.total.new_zeros(teacher.total.shape[:-1])
+    return _certainty(teacher, rule, labels) - _certainty(student, rule, labels)
 
 
 def _weights(gap: Tensor, rule: _Rule) -> BalanceWeights:
@@ -143,8 +179,9 @@ def bdkd_weights(
         raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
     rule = _rule(mode, delta, gate, 1.0, width)
     labels = _gate_labels(rule, labels, teacher_logits)
-    log_p, log_q = _pair(teacher_logits, student_logits, gate_temperature)
-    return _weights(_gap(log_p, log_q, log_p.exp(), log_q.exp(), rule, labels), rule)
+    teacher, student = _pair(teacher_logits, student_logits)
+    scale = 1.0 / gate_temperature
+    return _weights(_gap(_side(teacher, scale), _side(student, scale), rule, labels), rule)
 
 
 def _gate_labels(rule: _Rule, labels: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -167,16 +204,13 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
         )
 
 
-def _pair(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _pair(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
     if teacher_logits.shape != student_logits.shape or teacher_logits.ndim == 0:
         raise ShapeError(
             f"teacher logits have shape {tuple(teacher_logits.shape)} and student logits {tuple(student_logits.shape)}:"
             " both must have the same rows and classes, so cut a padded vocabulary to the shared one"
         )
-    teacher, student = check_pair(teacher_logits, student_logits)
-    if temperature != 1.0:
-        teacher, student = teacher / temperature, student / temperature
-    return torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
+    return check_pair(teacher_logits, student_logits)
 
 
 # --- the balanced divergence, with its closed gradient
@@ -192,35 +226,44 @@ class _Balanced(NamedTuple):
 
 
 def _rows(
-    log_p: Tensor, log_q: Tensor, labels: Tensor | None, rule: _Rule, needs: tuple[bool, bool]
+    teacher: Tensor, student: Tensor, labels: Tensor | None, rule: _Rule, scale: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    """Value, forward, reverse, both weights and both gradients, up to what log_softmax projects away."""
-    p, q = log_p.exp(), log_q.exp()
-    weights = _weights(_gap(log_p, log_q, p, q, rule, labels), rule)
-    ratio = log_ratio(log_p, log_q)
-    no_q, no_p = ratio.amax(-1) == math.inf, ratio.amin(-1) == -math.inf
-    ratio.clamp_(-1e30, 1e30)  # an infinite row is infinite already; times delta and 0 this must stay a number
-    by_p, by_q = p * ratio, ratio.mul_(q)
-    forward = carry_nan(by_p.sum(-1).masked_fill(no_q, math.inf), log_p, log_q)
-    reverse = carry_nan((-by_q.sum(-1)).masked_fill(no_p, math.inf), log_p, log_q)
-    parts = [(w * part).masked_fill(w == 0, 0.0) for w, part in zip(weights, (forward, reverse))]
+    """Value, forward, reverse, both weights and both gradients by the logits [n, V] of rows."""
+    ours, theirs = _side(student, scale), _side(teacher, scale)
+    weights = _weights(_gap(theirs, ours, rule, labels), rule)
+    ratio = (theirs.exponent - ours.exponent).sub_(theirs.total.log() - ours.total.log())
+    infinite = None
+    if not _clean(ratio.sum(-1)):
+        # In units in which an infinite row stays a number times delta and times 0; 0 where neither has the class.
+        nothing = torch.isneginf(theirs.exponent) & torch.isneginf(ours.exponent)
+        ratio.masked_fill_(nothing, 0.0)
+        infinite = ratio.amax(-1) == math.inf, ratio.amin(-1) == -math.inf
+        ratio.clamp_(-1e30, 1e30)
+    p, q = theirs.worth.div_(theirs.total), ours.worth.div_(ours.total)
+    forward, reverse = (p * ratio).sum(-1), -(q * ratio).sum(-1)
     first, second = weights.forward.unsqueeze(-1), weights.reverse.unsqueeze(-1)
-    grad_p = by_p.mul_(first).sub_(q.mul_(second)) if needs[0] else None
-    grad_q = by_q.mul_(second).add_(p.mul_(first)).neg_() if needs[1] else None
+    shift_p, shift_q = second - first * forward.unsqueeze(-1), first - second * reverse.unsqueeze(-1)
+    grad_p = (ratio * first).add_(shift_p).mul_(p).sub_(q * second).mul_(scale) if needs[0] else None
+    grad_q = ratio.mul_(-second).add_(shift_q).mul_(q).sub_(p.mul_(first)).mul_(scale) if needs[1] else None
+    if infinite is not None:
+        forward, reverse = forward.masked_fill(infinite[0], math.inf), reverse.masked_fill(infinite[1], math.inf)
+    parts = [(w * part).masked_fill(w == 0, 0.0) for w, part in zip(weights, (forward, reverse))]
     return parts[0] + parts[1], forward, reverse, *weights, grad_p, grad_q
 
 
-def _blocks(log_p: Tensor, log_q: Tensor, labels: Tensor | None, rule: _Rule, needs: tuple[bool, bool]) -> list[Any]:
+def _blocks(
+    teacher: Tensor, student: Tensor, labels: Tensor | None, rule: _Rule, scale: float, needs: tuple[bool, bool]
+) -> list[Any]:
     """The same for rows [N, V], on a CPU a block of rows at a time."""
-    step = max(_BLOCK * torch.get_num_threads() // max(log_p.shape[-1], 1), 1)
-    if log_p.device.type != "cpu" or len(log_p) <= step:
-        return list(_rows(log_p, log_q, labels, rule, needs))
-    found: list[Any] = [log_p.new_empty(len(log_p)) for _ in range(5)]
-    found += [torch.empty_like(log_p, memory_format=torch.contiguous_format) if need else None for need in needs]
-    for begin in range(0, len(log_p), step):
+    step = max(_BLOCK * torch.get_num_threads() // max(teacher.shape[-1], 1), 1)
+    if teacher.device.type != "cpu" or len(teacher) <= step:
+        return list(_rows(teacher, student, labels, rule, scale, needs))
+    found: list[Any] = [teacher.new_empty(len(teacher)) for _ in range(5)]
+    found += [torch.empty_like(teacher, memory_format=torch.contiguous_format) if need else None for need in needs]
+    for begin in range(0, len(teacher), step):
         part = slice(begin, begin + step)
         inside = None if labels is None else labels[part]
-        for whole, piece in zip(found, _rows(log_p[part], log_q[part], inside, rule, needs)):
+        for whole, piece in zip(found, _rows(teacher[part], student[part], inside, rule, scale, needs)):
             if whole is not None and piece is not None:
                 whole[part] = piece
     return found
@@ -231,9 +274,10 @@ class _BalancedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None, rule: _Rule, needs: tuple[bool, bool]
-    ) -> tuple[Tensor, ...]:
-        *found, grad_p, grad_q = _blocks(log_p.detach(), log_q.detach(), labels, rule, needs)
+        ctx: Any, teacher: Tensor, student: Tensor, labels: Tensor | None, rule: _Rule, scale: float,
+        needs: tuple[bool, bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        *found, grad_p, grad_q = _blocks(teacher.detach(), student.detach(), labels, rule, scale, needs)
         ctx.needs = needs
         ctx.save_for_backward(*[gradient for gradient in (grad_p, grad_q) if gradient is not None])
         ctx.mark_non_differentiable(*found[1:])
@@ -244,16 +288,18 @@ class _BalancedKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         by_p, by_q = (next(saved) * grad.unsqueeze(-1) if need else None for need in ctx.needs)
-        return by_p, by_q, None, None, None
+        return by_p, by_q, None, None, None, None
 
 
-def _balanced(log_p: Tensor, log_q: Tensor, rule: _Rule, labels: Tensor | None = None) -> _Balanced:
-    log_p, log_q = check_pair(log_p, log_q)
-    outcomes, rows = log_p.shape[-1], log_p.shape[:-1]
+def _balanced(
+    teacher: Tensor, student: Tensor, rule: _Rule, scale: float = 1.0, labels: Tensor | None = None
+) -> _Balanced:
+    """Of softmax(scale * logits); log-probabilities are logits too."""
+    outcomes, rows = teacher.shape[-1], teacher.shape[:-1]
     recording = torch.is_grad_enabled()
-    needs = recording and log_p.requires_grad, recording and log_q.requires_grad
-    flat = log_p.reshape(-1, outcomes), log_q.reshape(-1, outcomes)
-    found = _BalancedKL.apply(*flat, None if labels is None else labels.reshape(-1), rule, needs)
+    needs = recording and teacher.requires_grad, recording and student.requires_grad
+    flat = teacher.reshape(-1, outcomes), student.reshape(-1, outcomes)
+    found = _BalancedKL.apply(*flat, None if labels is None else labels.reshape(-1), rule, scale, needs)
     value, forward, reverse, first, second = (x.view(rows) for x in found)
     return _Balanced(value, forward, reverse, BalanceWeights(first, second))
 
@@ -281,7 +327,7 @@ def balanced_kl(
     """
     if gate == "label":
         raise ConfigError('balanced_kl sees no labels: gate="label" belongs to bdkd_loss')
-    return _balanced(log_p, log_q, _rule(mode, delta, gate, power, width)).value
+    return _balanced(*check_pair(log_p, log_q), _rule(mode, delta, gate, power, width)).value
 
 
 # --- losses
@@ -322,11 +368,11 @@ def bdkd_loss(
         raise ConfigError(f"temperatures must be positive and are {temperature} and, of the gate, {gate_temperature}")
     rule = _rule(mode, delta, gate, temperature / gate_temperature, width)
     gate_labels = _gate_labels(rule, labels, teacher_logits)
-    log_p, log_q = _pair(teacher_logits.detach(), student_logits, temperature)
-    found = _balanced(log_p, log_q, rule, gate_labels)
+    teacher, student = _pair(teacher_logits.detach(), student_logits)
+    found = _balanced(teacher, student, rule, 1.0 / temperature, gate_labels)
     value, forward = found.value, found.forward
     if not teacher_entropy:
-        entropy = _entropy(log_p, log_p.exp())
+        entropy = -_certainty(_side(teacher, 1.0 / temperature), rule._replace(gate="entropy", power=1.0), None)
         value, forward = value + found.weights.forward * entropy, forward + entropy
     parts = {
         "distillation": value,
@@ -380,6 +426,7 @@ def bdkd_teacher_loss(
         raise ConfigError(f"temperature must be positive and is {temperature}")
     _rule("jeffreys" if mode == "bdkd_soft" else mode, 1.0, "entropy", 1.0, None)
     divergence: Callable[[Tensor, Tensor], Tensor] = reverse_kl if mode == "dml" else kl
-    log_p, log_q = _pair(teacher_logits, student_logits.detach(), temperature)
+    logits = _pair(teacher_logits, student_logits.detach())
+    parts = {"distillation": from_logits(divergence, *logits, temperature)}
     weight = alpha * (temperature**2 if squared_temperature else 1.0)
-    return _summed({"distillation": divergence(log_p, log_q)}, teacher_logits, labels, weight, mask, count)
+    return _summed(parts, teacher_logits, labels, weight, mask, count)
