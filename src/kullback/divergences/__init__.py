@@ -1,6 +1,13 @@
 """Divergences between categorical distributions, from log-probabilities, in nats and never reduced; and transport."""
 
-from kullback.divergences.cauchy_schwarz import cauchy_schwarz
+from kullback.divergences.cauchy_schwarz import cauchy_schwarz, cs_divergence, cs_gaussian, cs_gmm, cs_qmi_gaussian
+from kullback.divergences.cauchy_schwarz_samples import (
+    conditional_cs,
+    cs_divergence_samples,
+    cs_qmi,
+    cs_qmi_normalized,
+    median_bandwidth,
+)
 from kullback.divergences.estimators import kl_sampled
 from kullback.divergences.f import (
     alpha_divergence,
@@ -30,6 +37,14 @@ __all__ = [
     "FDivergence",
     "alpha_divergence",
     "cauchy_schwarz",
+    "conditional_cs",
+    "cs_divergence",
+    "cs_divergence_samples",
+    "cs_gaussian",
+    "cs_gmm",
+    "cs_qmi",
+    "cs_qmi_gaussian",
+    "cs_qmi_normalized",
     "dual",
     "f_divergence",
     "from_logits",
@@ -40,6 +55,7 @@ __all__ = [
     "kl_sampled",
     "listmle_loss",
     "log_mixture",
+    "median_bandwidth",
     "mixture",
     "named",
     "neyman",

@@ -1,6 +1,8 @@
 """The Cauchy-Schwarz divergence log sum p^2 + log sum q^2 - 2 log sum p q, in log space.
 
 It is -2 log of the cosine between p and q: symmetric, unchanged when either is scaled, infinite on disjoint supports.
+For densities sums are integrals; between normals and their mixtures they have closed forms. What is drawn from unknown
+densities is compared in `cauchy_schwarz_samples`.
 
 Shapes: log_p and log_q [..., V], normalised log-probabilities in nats; result [...] in nats.
 """
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
+from kullback.core.errors import DataError
 from kullback.divergences.fused import Kernel, Terms, carry_nan, fused
 
-__all__ = ["cauchy_schwarz"]
+__all__ = ["cauchy_schwarz", "cs_divergence", "cs_gaussian", "cs_gmm", "cs_qmi_gaussian"]
 
 
 def _softmax_(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,3 +51,69 @@ def cauchy_schwarz(log_p: Tensor, log_q: Tensor) -> Tensor:
     tensor(0.4870)
     """
     return fused(_CAUCHY_SCHWARZ, log_p, log_q)
+
+
+def cs_divergence(p: Tensor, q: Tensor, *, from_logits: bool = False) -> Tensor:
+    """The divergence [...] of nonnegative weights p and q [..., V], which need not sum to 1; or of logits.
+
+    Raises DataError for a negative or NaN weight.
+
+    >>> cs_divergence(torch.tensor([6.0, 3.0, 1.0]), torch.tensor([0.3, 0.3, 0.4]))
+    tensor(0.4870)
+    """
+    if from_logits:
+        return cauchy_schwarz(torch.log_softmax(p, -1), torch.log_softmax(q, -1))
+    if not bool((p >= 0).all() and (q >= 0).all()):
+        raise DataError("p and q are weights of 0 or more: for logits set from_logits=True")
+    return cauchy_schwarz(p.log(), q.log())
+
+
+def cs_gaussian(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tensor) -> Tensor:
+    """The divergence [...] between normals with means [..., d] and covariances [..., d, d], in nats.
+
+    log det(S_p + S_q) - log det(2 S_p) / 2 - log det(2 S_q) / 2 + m^T (S_p + S_q)^-1 m with m the difference of means.
+    At equal covariances it is KL; elsewhere it may be below or above.
+
+    >>> one = torch.eye(1)
+    >>> cs_gaussian(torch.zeros(1), one, torch.ones(1), one), cs_gaussian(torch.zeros(1), one, torch.zeros(1), 4 * one)
+    (tensor(0.5000), tensor(0.2231))
+    """
+    cross = _log_product(mean_p, cov_p, mean_q, cov_q)
+    return _log_product(mean_p, cov_p, mean_p, cov_p) + _log_product(mean_q, cov_q, mean_q, cov_q) - 2.0 * cross
+
+
+def cs_gmm(
+    weights_p: Tensor, means_p: Tensor, covs_p: Tensor, weights_q: Tensor, means_q: Tensor, covs_q: Tensor
+) -> Tensor:
+    """The divergence between two mixtures of normals: weights [C], means [C, d], covariances [C, d, d]; in nats.
+
+    >>> one = torch.eye(1).unsqueeze(0)
+    >>> p, q = (torch.tensor([0.5, 0.5]), torch.tensor([[0.0], [1.0]])), (torch.ones(1), torch.zeros(1, 1))
+    >>> cs_gmm(*p, one.expand(2, 1, 1), *q, one)
+    tensor(0.1172)
+    """
+
+    def total(w: Tensor, m: Tensor, s: Tensor, v: Tensor, n: Tensor, r: Tensor) -> Tensor:
+        pairs = _log_product(m.unsqueeze(1), s.unsqueeze(1), n.unsqueeze(0), r.unsqueeze(0))
+        return (pairs + w.log().unsqueeze(1) + v.log().unsqueeze(0)).flatten().logsumexp(0)
+
+    p, q = (weights_p, means_p, covs_p), (weights_q, means_q, covs_q)
+    return total(*p, *p) + total(*q, *q) - 2.0 * total(*p, *q)
+
+
+def cs_qmi_gaussian(correlation: Tensor | float) -> Tensor:
+    """The information between two normal variables with correlation r: log(1 - r^2 / 4) - log(1 - r^2) / 2, in nats.
+
+    >>> cs_qmi_gaussian(0.5)
+    tensor(0.0793)
+    """
+    square = torch.as_tensor(correlation).square()
+    return torch.log1p(-square / 4) - 0.5 * torch.log1p(-square)
+
+
+def _log_product(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tensor) -> Tensor:
+    """log of the integral of the product of two normal densities, which is a normal density at the difference."""
+    factor = torch.linalg.cholesky(cov_p + cov_q)
+    white = torch.linalg.solve_triangular(factor, (mean_p - mean_q).unsqueeze(-1), upper=False).squeeze(-1)
+    log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * (white.square().sum(-1) + log_det + white.shape[-1] * math.log(2.0 * math.pi))
