@@ -17,6 +17,8 @@ from kullback.sample.compose.representations import (
     Traced,
     Weighted,
 )
+from kullback.sample.compose.running import importance, mh, pmmh, rejection, rmsmc, run, smc, smc2
+from kullback.sample.compose.steps import Numbers, Particles, Steps
 from kullback.sample.compose.transformations import (
     advance,
     apply_weight,
@@ -36,6 +38,7 @@ from kullback.sample.compose.transformations import (
     self_normalised,
 )
 from kullback.sample.compose.validation import ValidationReport, algorithm, meaning, validate
+from kullback.sample.compose.vectorised import Chain, Prior
 from kullback.sample.compose.weights import LogWeight
 
 __all__ = [
@@ -45,18 +48,23 @@ __all__ = [
     "SMC",
     "SMC2",
     "Algorithm",
+    "Chain",
     "Enum",
     "Finite",
     "Importance",
     "Law",
     "LogWeight",
+    "Numbers",
+    "Particles",
     "Population",
+    "Prior",
     "Program",
     "Quantile",
     "Rejection",
     "Representation",
     "Represented",
     "Sam",
+    "Steps",
     "Suspended",
     "Trace",
     "Traced",
@@ -79,16 +87,24 @@ __all__ = [
     "flatten",
     "freeze",
     "hoist",
+    "importance",
     "marginal",
     "meaning",
+    "mh",
     "mh_step",
+    "pmmh",
     "prim",
     "program",
     "propose",
     "push_evidence",
+    "rejection",
     "resample",
+    "rmsmc",
+    "run",
     "sample",
     "self_normalised",
+    "smc",
+    "smc2",
     "spawn",
     "uniform_integer",
     "validate",

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.sample.compose.laws import bernoulli
-from kullback.sample.compose.programs import Paused, Program, Ret, factor, prim, program, sample, spawn, yield_
+from kullback.sample.compose.programs import Kept, Paused, Program, Ret, factor, prim, program, sample, spawn, yield_
 from kullback.sample.compose.representations import (
+    Enum,
     Population,
     Representation,
     Represented,
@@ -168,17 +169,20 @@ class MH:
     def __post_init__(self) -> None:
         _positive(num_steps=self.num_steps)
 
-    def step(self) -> Transformation:
-        """One move."""
-        moved: Transformation = mh_step(sites=self.sites, drift=self.drift, accept=self.accept)
-        return moved
+    def start(self, base: Representation, program: Program) -> Program:
+        """The program whose traces are moved."""
+        return base.prepare(program)
 
     def on(self, base: Representation, program: Program) -> Represented:
-        traced = Traced(Weighted(base))
-        value = Represented(traced, traced.of(base.prepare(program)))
-        for _ in range(self.num_steps):
-            value = self.step()(value)
-        return marginal(value)
+        return _chained(self, base, program, accept=self.accept)
+
+
+def _chained(method: Any, base: Representation, program: Program, **options: Any) -> Represented:
+    traced = Traced(Weighted(base))
+    value = Represented(traced, traced.of(method.start(base, program)))
+    for _ in range(method.num_steps):
+        value = mh_step(value, sites=method.sites, drift=method.drift, **options)
+    return marginal(value)
 
 
 @dataclass(frozen=True)
@@ -229,14 +233,14 @@ class PMMH:
     def __post_init__(self) -> None:
         _positive(num_particles=self.num_particles, num_steps=self.num_steps)
 
-    def on(self, base: Representation, program: Program) -> Represented:
+    def start(self, base: Representation, program: Program) -> Program:
+        """The prior, and then the evidence of a filter as a factor, whose draws no trace records."""
         inner = SMC(self.num_particles, self.num_filter_steps, self.resampler)
         judged = _judged_parameters(base.prepare(program), self.model, inner)
-        traced = Traced(Weighted(base))
-        value = Represented(traced, traced.of(judged))
-        for _ in range(self.num_steps):
-            value = mh_step(value, sites=self.sites, drift=self.drift)
-        return marginal(value)
+        return Kept(judged) if isinstance(base, Enum) else judged
+
+    def on(self, base: Representation, program: Program) -> Represented:
+        return _chained(self, base, program)
 
 
 @program

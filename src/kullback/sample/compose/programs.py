@@ -339,6 +339,8 @@ class Kept(Program):
     def head(self) -> Ret | Operation:
         if self._head is None:
             first = self._inner.head()
+            if isinstance(first, Lift):
+                first = replace(first, argument=functools.cache(first.argument))
             self._head = first if isinstance(first, Ret) else replace(first, then=self._next(first.then))
         return self._head
 

@@ -1,0 +1,226 @@
+"""Programs over tensors: all particles of all chains in one step, in place of one interpreter for each.
+
+A `Steps` program starts with `sites` numbers for each particle and goes on with as many at each step; given these it
+is deterministic, so that a trace is a tensor [R, n, T, sites] of them. Between its steps are checkpoints.
+
+Shapes: R chains, n particles, T steps. Noise [R, n, sites] gives a state, any tensors [R, n, ...] in tuples or
+dictionaries, and log-weights [R, n].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+
+__all__ = ["Filter", "Numbers", "Particles", "Steps", "ancestor_index", "begin", "gathered", "onward", "replayed"]
+
+Noise = Literal["uniform", "normal"]
+
+
+class Numbers:
+    """Where random numbers come from: a torch generator, or uniform numbers that are given and taken in order."""
+
+    def __init__(self, source: torch.Generator | Sequence[float] | Tensor) -> None:
+        self._generator = source if isinstance(source, torch.Generator) else None
+        self._given = torch.empty(0, dtype=torch.float64)
+        if not isinstance(source, torch.Generator):
+            self._given = torch.as_tensor(source, dtype=torch.float64).flatten()
+        self._block: list[float] = self._given.tolist()
+        self._at = 0
+
+    def __call__(self) -> float:
+        """The next uniform number."""
+        if self._at == len(self._block):
+            self._block, self._at = self._more(256).tolist(), 0
+        self._at += 1
+        return self._block[self._at - 1]
+
+    def _more(self, count: int) -> Tensor:
+        if self._generator is None:
+            raise DataError(f"the {len(self._given)} uniform numbers that were given are used up: give more")
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+
+    def take(self, shape: Sequence[int], kind: Noise = "uniform") -> Tensor:
+        """The next numbers as a tensor; normal ones are quantiles of uniform ones where those are given."""
+        if self._generator is not None:
+            make = torch.rand if kind == "uniform" else torch.randn
+            return make(tuple(shape), generator=self._generator, dtype=torch.float64, device=self._generator.device)
+        first, self._at = self._at, self._at + math.prod(shape)
+        if self._at > len(self._given):
+            self._more(1)
+        taken = self._given[first : self._at].view(tuple(shape))
+        return taken if kind == "uniform" else torch.special.ndtri(taken)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """start(noise) -> (state, log_weight); step(state, noise, time) -> the same, for time = 1, ..., length - 1.
+
+    sites: numbers that each particle takes at a step; noise: their law, uniform on [0, 1) or standard normal.
+    """
+
+    start: Callable[[Tensor], tuple[Any, Tensor]]
+    step: Callable[[Any, Tensor, int], tuple[Any, Tensor]]
+    length: int
+    sites: int = 1
+    noise: Noise = "normal"
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.sites < 0:
+            raise ConfigError(f"length is 1 or more and sites 0 or more, got {self.length} and {self.sites}")
+        if self.noise not in ("uniform", "normal"):
+            raise ConfigError(f"noise is 'uniform' or 'normal', and not {self.noise!r}")
+
+    def at(self, time: int, state: Any, noise: Tensor) -> tuple[Any, Tensor]:
+        """The step of a time, with what it returns looked over."""
+        after, log_weight = self.start(noise) if time == 0 else self.step(state, noise, time)
+        if log_weight.shape != noise.shape[:-1]:
+            wanted, found = tuple(noise.shape[:-1]), tuple(log_weight.shape)
+            raise ShapeError(f"step {time} returned log-weights {found} for particles {wanted}: each needs its own")
+        if bool(log_weight.isnan().any()) or bool((log_weight == math.inf).any()):
+            raise DataError(f"a log-weight of step {time} is NaN or infinite: look at its density there")
+        return after, log_weight
+
+
+def gathered(state: Any, index: Tensor) -> Any:
+    """A state [R, n, ...] with the particles index [R, m] of each chain."""
+    if isinstance(state, Tensor):
+        if len(index) == 1:
+            return state.index_select(1, index[0])
+        rows = torch.arange(len(index), device=index.device).unsqueeze(1)
+        return state[rows, index]
+    return _mapped(state, lambda part: gathered(part, index))
+
+
+def _mapped(state: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(state, dict):
+        return {name: function(part) for name, part in state.items()}
+    if isinstance(state, tuple):
+        parts = [function(part) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    raise ShapeError(f"a state is tensors in tuples or dictionaries, and holds a {type(state).__name__}")
+
+
+def chosen(accept: Tensor, new: Any, old: Any) -> Any:
+    """A state with the new particles where accept [R, n] is true."""
+    if isinstance(new, Tensor):
+        return torch.where(accept.view(*accept.shape, *[1] * (new.ndim - 2)), new, old)
+    if isinstance(new, dict):
+        return {name: chosen(accept, part, old[name]) for name, part in new.items()}
+    parts = [chosen(accept, part, other) for part, other in zip(new, old, strict=True)]
+    return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Weighted values: tensors [R, n, ...] with log_weights [R, n], or a list of n values with log_weights [n]."""
+
+    values: Any
+    log_weights: Tensor
+
+    def log_evidence(self) -> Tensor:
+        """log of the sum of weights, [R] or a number: of an unbiased estimate of the mass."""
+        return self.log_weights.logsumexp(-1)
+
+    def expect(self, function: Callable[[Any], Any]) -> Tensor:
+        """The mean under weights that sum to one; biased at a finite number of particles, NaN without any weight."""
+        return self._sum(function, self.log_weights.softmax(-1))
+
+    def unnormalized_expect(self, function: Callable[[Any], Any]) -> Tensor:
+        """The integral of a function against the unnormalised measure, without bias."""
+        return self._sum(function, self.log_weights.exp())
+
+    def _sum(self, function: Callable[[Any], Any], weights: Tensor) -> Tensor:
+        if isinstance(self.values, list):
+            found = torch.stack([torch.as_tensor(function(value), dtype=torch.float64) for value in self.values])
+        else:
+            found = function(self.values)
+        over = weights.ndim - 1
+        return (weights.view(*weights.shape, *[1] * (found.ndim - weights.ndim)) * found).sum(over)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A particle filter at a checkpoint: state [R, n, ...], log_weights [R, n] that sum to the evidence so far.
+
+    noise [R, n, time + 1, sites] and log_density [R, n], of each path, where they are kept.
+    """
+
+    state: Any
+    log_weights: Tensor
+    time: int
+    noise: Tensor | None = None
+    log_density: Tensor | None = None
+
+    def reindexed(self, index: Tensor) -> Filter:
+        """The filter with the particles index [R, m], and the weights as they are."""
+        noise = None if self.noise is None else gathered(self.noise, index)
+        density = None if self.log_density is None else gathered(self.log_density, index)
+        return Filter(gathered(self.state, index), self.log_weights, self.time, noise, density)
+
+
+def begin(model: Steps, shape: tuple[int, int], numbers: Numbers, *, keep: bool = False) -> Filter:
+    """Particles after the first step, of weight e^log_weight / n."""
+    noise = numbers.take((*shape, model.sites), model.noise)
+    state, log_weight = model.at(0, None, noise)
+    weights = log_weight - math.log(shape[1])
+    return Filter(state, weights, 0, noise.unsqueeze(2), log_weight) if keep else Filter(state, weights, 0)
+
+
+def onward(model: Steps, now: Filter, numbers: Numbers) -> Filter:
+    """The next step of all particles."""
+    noise = numbers.take((*now.log_weights.shape, model.sites), model.noise)
+    state, log_weight = model.at(now.time + 1, now.state, noise)
+    weights = now.log_weights + log_weight
+    if now.noise is None or now.log_density is None:
+        return Filter(state, weights, now.time + 1)
+    longer = torch.cat([now.noise, noise.unsqueeze(2)], dim=2)
+    return Filter(state, weights, now.time + 1, longer, now.log_density + log_weight)
+
+
+def replayed(model: Steps, noise: Tensor) -> tuple[Any, Tensor]:
+    """The state and the summed log-weights [R, n] that belong to noise [R, n, t, sites]."""
+    state, total = model.at(0, None, noise[:, :, 0])
+    for time in range(1, noise.shape[2]):
+        state, log_weight = model.at(time, state, noise[:, :, time])
+        total = total + log_weight
+    return state, total
+
+
+def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers) -> Tensor:
+    """Ancestors [R, n] by log-weights [R, n]; a chain without any weight keeps its particles as they are."""
+    chains, count = log_weights.shape
+    share = log_weights.softmax(1)
+    ends = share.cumsum(1)
+    places = torch.arange(count, dtype=share.dtype, device=share.device)
+    if scheme == "systematic":
+        index = torch.searchsorted(ends * count, numbers.take((chains, 1)) + places, right=True)
+    elif scheme == "stratified":
+        index = torch.searchsorted(ends * count, numbers.take((chains, count)) + places, right=True)
+    elif scheme == "multinomial":
+        index = torch.searchsorted(ends, numbers.take((chains, count)), right=True)
+    elif scheme == "residual":
+        index = _residual(share, numbers.take((chains, count)), places)
+    else:
+        raise ConfigError(f"resampling is multinomial, systematic, stratified or residual, and not {scheme!r}")
+    index = index.clamp(max=count - 1)
+    empty = log_weights.amax(1, keepdim=True) == -math.inf
+    return torch.where(empty, torch.arange(count, device=index.device), index) if bool(empty.any()) else index
+
+
+def _residual(share: Tensor, u: Tensor, places: Tensor) -> Tensor:
+    expected = share * share.shape[1]
+    whole = (expected + 1e-12).floor()
+    sure = whole.sum(1, keepdim=True)
+    copies = torch.searchsorted(whole.cumsum(1), places.expand_as(share).contiguous(), right=True)
+    left = (expected - whole).clamp(min=0.0)
+    ends = left.cumsum(1)
+    drawn = torch.searchsorted(ends, u * ends[:, -1:], right=True)
+    return torch.where(places < sure, copies, drawn)
