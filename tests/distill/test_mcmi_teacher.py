@@ -42,6 +42,9 @@ def network(generator, *, norm=False, hidden=32):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                layer.bias.zero_()
     return model
 
 

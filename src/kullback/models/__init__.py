@@ -1,6 +1,30 @@
 """Small models, built from a configuration and trained on the spot."""
 
 from kullback.models.adder import trained_adder
+from kullback.models.denoisers import FlatDenoiser, TokenDiscriminator, TransformerDenoiser
+from kullback.models.masked_diffusion import (
+    CosineSchedule,
+    LogLinearSchedule,
+    mdm_exact_distribution,
+    mdm_loss,
+    mdm_posterior,
+    transition_logprob,
+)
+from kullback.models.masked_diffusion_sampling import AncestralSampler
 from kullback.models.small import small_llama, trained_llama
 
-__all__ = ["small_llama", "trained_adder", "trained_llama"]
+__all__ = [
+    "AncestralSampler",
+    "CosineSchedule",
+    "FlatDenoiser",
+    "LogLinearSchedule",
+    "TokenDiscriminator",
+    "TransformerDenoiser",
+    "mdm_exact_distribution",
+    "mdm_loss",
+    "mdm_posterior",
+    "small_llama",
+    "trained_adder",
+    "trained_llama",
+    "transition_logprob",
+]

@@ -1,0 +1,301 @@
+"""Masked diffusion against enumeration: laws of steps, the bound, and the exact law of few-step sampling."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.models.denoisers import FlatDenoiser, SpectralLinear, TokenDiscriminator, TransformerDenoiser
+from kullback.models.masked_diffusion import (
+    CosineSchedule,
+    LogLinearSchedule,
+    categorical,
+    corrupt,
+    mdm_exact_distribution,
+    mdm_loss,
+    mdm_posterior,
+    substituted,
+    transition_logprob,
+)
+from kullback.models.masked_diffusion_sampling import AncestralSampler
+
+LINEAR = LogLinearSchedule(0.0)
+
+
+def chain_law(length=3, stay=0.9):
+    """The law [2] * length of a symmetric two-state chain, uniform at its start."""
+    step = torch.tensor([[stay, 1 - stay], [1 - stay, stay]], dtype=torch.float64)
+    law = torch.full((2,), 0.5, dtype=torch.float64)
+    for _ in range(length - 1):
+        law = law.unsqueeze(-1) * step
+    return law
+
+
+def perfect(law):
+    """The denoiser that knows a law [V] * L: logits log p(x_l = v | the unmasked symbols of z)."""
+    symbols, length = law.shape[0], law.ndim
+    words = torch.cartesian_prod(*[torch.arange(symbols)] * length).view(-1, length)
+
+    def denoise(z, t):
+        fits = ((z.unsqueeze(1) == words) | (z.unsqueeze(1) == symbols)).all(-1)
+        weight = fits * law.flatten()
+        onehot = torch.nn.functional.one_hot(words, symbols).to(law)
+        marginal = torch.einsum("bw,wlv->blv", weight, onehot)
+        return (marginal / marginal.sum(-1, keepdim=True)).log()
+
+    return denoise
+
+
+def random_denoiser(symbols, length, seed=0):
+    """A denoiser whose logits are a fixed table over all states."""
+    table = torch.randn((symbols + 1,) * length + (length, symbols), generator=torch.Generator().manual_seed(seed))
+    return lambda z, t: table.double()[tuple(z.T)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "total_variation", "divergence"),
+    [(1, 0.56, 0.736128), (2, 0.287512, 0.197858), (4, 0.145634, 0.059516), (8, 0.073287, 0.017446)],
+)
+def test_the_law_of_few_steps_with_a_perfect_denoiser(steps, total_variation, divergence):
+    law = chain_law()
+    found = mdm_exact_distribution(perfect(law), 2, 3, steps)
+    assert found.sum().item() == pytest.approx(1.0, abs=1e-12)
+    assert 0.5 * (law - found).abs().sum().item() == pytest.approx(total_variation, abs=2e-6)
+    assert (law * (law / found).log()).sum().item() == pytest.approx(divergence, abs=2e-6)
+
+
+def test_one_step_costs_the_total_correlation_and_64_almost_nothing():
+    law = chain_law()
+    flip = -0.1 * math.log(0.1) - 0.9 * math.log(0.9)
+    found = mdm_exact_distribution(perfect(law), 2, 3, 1)
+    assert (law * (law / found).log()).sum().item() == pytest.approx(2 * (math.log(2) - flip), abs=1e-12)
+    found = mdm_exact_distribution(perfect(law), 2, 3, 64)
+    assert 0.5 * (law - found).abs().sum().item() == pytest.approx(0.009212, abs=2e-6)
+    assert (law * (law / found).log()).sum().item() == pytest.approx(0.000341, abs=2e-6)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, LogLinearSchedule(), CosineSchedule()])
+def test_posterior_rows_sum_to_one_and_steps_compose(schedule, generator):
+    z = torch.tensor([[2, 0, 2], [1, 2, 2]])
+    logits = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
+
+    def law(t, s):
+        return mdm_posterior(logits, z, t, s, schedule=schedule, mask_id=2)
+
+    assert law(0.8, 0.3).logsumexp(-1).abs().max().item() < 1e-12
+    assert law(0.8, torch.tensor([0.3, 0.5])).logsumexp(-1).abs().max().item() < 1e-12
+    stay = lambda t, s: law(t, s)[0, 0, 2].exp()  # noqa: E731
+    assert (stay(0.8, 0.5) * stay(0.5, 0.2)).item() == pytest.approx(stay(0.8, 0.2).item(), abs=1e-12)
+    assert law(0.8, 0.3)[0, 1].tolist() == [0.0, -math.inf, -math.inf]
+    assert law(0.8, 0.0)[0, 0, 2].exp().item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_mask_inside_the_vocabulary_is_never_proposed(generator):
+    z = torch.tensor([[1, 0, 3]])
+    logits = torch.randn(1, 3, 4, generator=generator)
+    inside = mdm_posterior(logits, z, 1.0, 0.5, schedule=LINEAR, mask_id=1)
+    outside = mdm_posterior(
+        logits[..., [0, 2, 3]], torch.tensor([[3, 0, 2]]), 1.0, 0.5, schedule=LINEAR, mask_id=3
+    )
+    torch.testing.assert_close(inside[..., [0, 2, 3, 1]], outside)
+    assert substituted(logits, z, 1)[0, 0, 1] == -math.inf
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, CosineSchedule()])
+def test_the_probabilities_of_the_next_states_sum_to_one(schedule):
+    denoise = random_denoiser(2, 3)
+    z = torch.tensor([[2, 1, 2]])
+    states = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    logits = denoise(z, None).expand(27, 3, 2)
+    found = transition_logprob(logits, z.expand(27, 3), states, 0.9, 0.4, schedule=schedule, mask_id=2)
+    assert found.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    assert found[states[:, 1] != 1].max().item() == -math.inf
+
+
+def test_both_log_probabilities_of_a_step_have_one_gradient(generator):
+    logits = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    z = torch.full((4, 5), 3)
+    z[:, 0] = 1
+    after = z.clone()
+    after[:, 2:4] = torch.randint(3, (4, 2), generator=generator)
+    gradients = []
+    for changed_only in (False, True):
+        value = transition_logprob(
+            logits, z, after, 0.9, 0.4, schedule=LINEAR, mask_id=3, changed_only=changed_only
+        )
+        gradients.append(torch.autograd.grad(value.sum(), logits)[0])
+    assert (gradients[0] - gradients[1]).abs().max().item() < 1e-12
+    assert gradients[1][:, [0, 1, 4]].abs().max().item() == 0.0
+
+
+def exact_bound(denoise, law):
+    """E_x of the bound on -log p(x): the integral over times of a mask of k positions is B(k, L - k + 1)."""
+    symbols, length = law.shape[0], law.ndim
+    words = torch.cartesian_prod(*[torch.arange(symbols)] * length)
+    total = 0.0
+    for masked in itertools.product([False, True], repeat=length):
+        k = sum(masked)
+        if not k:
+            continue
+        share = math.exp(math.lgamma(k) + math.lgamma(length - k + 1) - math.lgamma(length + 1))
+        z = words.masked_fill(torch.tensor(masked), symbols)
+        log_p = substituted(denoise(z, None), z, symbols).gather(-1, words.unsqueeze(-1)).squeeze(-1)
+        total -= share * (law.flatten() * log_p[:, list(masked)].sum(-1)).sum().item()
+    return total
+
+
+def test_the_bound_of_a_perfect_denoiser_is_the_entropy():
+    law = chain_law()
+    entropy = -(law * law.log()).sum().item()
+    assert exact_bound(perfect(law), law) == pytest.approx(entropy, abs=1e-10)
+    assert exact_bound(random_denoiser(2, 3), law) > entropy + 0.1
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, LogLinearSchedule(), CosineSchedule()])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_the_loss_is_an_unbiased_bound_for_any_schedule(schedule, antithetic, generator):
+    law, denoise = chain_law(), random_denoiser(2, 3, seed=1)
+    words = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    x = words[torch.multinomial(law.flatten(), 60_000, replacement=True, generator=generator)]
+    found = mdm_loss(denoise, x, schedule=schedule, mask_id=2, generator=generator, antithetic=antithetic)
+    bound = found.nll_bound
+    wanted = exact_bound(denoise, law)
+    assert abs(bound.mean().item() - wanted) < 6 * bound.std().item() / len(x) ** 0.5 + 2e-3 * wanted
+    assert found.loss.item() == pytest.approx(bound.mean().item() / 3, rel=1e-6)
+    # The weight 1/t belongs to the loglinear schedule: with it the cosine's bound would be another.
+    if isinstance(schedule, CosineSchedule):
+
+        class Wrong(CosineSchedule):
+            def weight(self, t):
+                return 1.0 / t
+
+        wrong = mdm_loss(denoise, x, schedule=Wrong(), mask_id=2, generator=generator).nll_bound
+        assert abs(wrong.mean().item() - wanted) > 12 * wrong.std().item() / len(x) ** 0.5
+
+
+def test_padding_and_prompts_do_not_count(generator):
+    x = torch.randint(4, (6, 5), generator=generator)
+    keep = torch.zeros(6, 5, dtype=torch.bool)
+    keep[:, :2] = True
+    counts = torch.ones(6, 5)
+    counts[:, 4] = 0
+    logits = torch.randn(6, 5, 4, generator=generator, requires_grad=True)
+    seen = []
+
+    def denoise(z, t):
+        seen.append(z)
+        return logits
+
+    loss = mdm_loss(
+        denoise, x, schedule=LINEAR, mask_id=4, generator=generator, attention_mask=counts, keep=keep
+    ).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(seen[0][:, :2], x[:, :2])
+    assert gradient[:, [0, 1, 4]].abs().max().item() == 0.0
+    assert gradient[:, 2:4].abs().max().item() > 0.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("cache", [True, False])
+def test_samples_follow_the_exact_law(steps, cache, generator):
+    denoise = random_denoiser(2, 3, seed=2)
+    exact = mdm_exact_distribution(denoise, 2, 3, steps).flatten()
+    n = 20_000
+    x = AncestralSampler(denoise, steps=steps, mask_id=2, schedule=LINEAR, cache=cache).run(n, 3, generator=generator)
+    found = torch.bincount(x @ torch.tensor([4, 2, 1]), minlength=8) / n
+    assert ((found - exact).abs() < 6 * (exact * (1 - exact) / n).sqrt()).all()
+    # One step fewer, or more, is another law.
+    other = mdm_exact_distribution(denoise, 2, 3, steps + 1).flatten()
+    assert not ((found - other).abs() < 6 * (other * (1 - other) / n).sqrt()).all()
+
+
+def test_a_kept_sequence_is_not_evaluated_again_and_prompts_stay(generator):
+    calls = []
+
+    def denoise(z, t):
+        calls.append(len(z))
+        return torch.zeros(*z.shape, 5)
+
+    prompt = torch.full((8, 4), 5)
+    prompt[:, 1] = 3
+    cached = AncestralSampler(denoise, steps=64, mask_id=5)
+    x = cached.run(8, 4, generator=generator, prompt=prompt)
+    assert (x[:, 1] == 3).all()
+    assert x.max() < 5
+    assert sum(calls) <= 8 * 3  # three open positions, each unmasked in one step at the latest
+    calls.clear()
+    AncestralSampler(denoise, steps=64, mask_id=5, cache=False).run(8, 4, generator=generator)
+    assert sum(calls) > 8 * 16
+    greedy = AncestralSampler(lambda z, t: torch.arange(5.0).expand(*z.shape, 5), steps=1, mask_id=5,
+                              noise_removal="greedy")  # fmt: skip
+    assert (greedy.run(8, 4, generator=generator) == 4).all()
+
+
+def test_draws_are_fair_also_in_half_precision(generator):
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = categorical(p.log().to(dtype).expand(40_000, 4), generator=generator)
+        found = torch.bincount(x, minlength=4) / 40_000
+        assert ((found - p).abs() <= 6 * (p * (1 - p) / 40_000).sqrt() + 2e-3 * (dtype is torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "transformer"])
+def test_networks_and_their_discriminators(kind, generator):
+    make = FlatDenoiser if kind == "flat" else TransformerDenoiser
+    model = make(5, 6, generator=generator)
+    z = torch.randint(6, (3, 6), generator=generator)
+    assert model(z).shape == (3, 6, 5)
+    weights = torch.nn.functional.one_hot(z, 6).float()
+    torch.testing.assert_close(model(weights), model(z))
+    score = TokenDiscriminator(model, trained=1, generator=generator)
+    assert score(z).shape == (3, 6)
+    score(z).sum().backward()
+    learning = {name for name, value in score.named_parameters() if value.requires_grad}
+    assert "backbone.embedding" not in learning
+    assert any(name.startswith("backbone.blocks.1") for name in learning)
+    assert not any(name.startswith("backbone.blocks.0") for name in learning)
+    assert all(value.grad is None for name, value in score.named_parameters() if name not in learning)
+    changed = z.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 6
+    assert (model(changed) - model(z)).abs()[:, 0].max() > 0  # each position sees all others
+    with pytest.raises(ShapeError):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ShapeError, match="columns"):
+        model(torch.zeros(1, 6, 5))
+
+
+def test_a_spectral_layer_has_norm_one(generator):
+    layer = SpectralLinear(20, 12, generator=generator)
+    for _ in range(60):
+        layer(torch.zeros(1, 20))
+    value = layer(torch.eye(20)) - layer.bias
+    assert torch.linalg.matrix_norm(value, 2).item() == pytest.approx(1.0, abs=1e-4)
+    before = layer.left.clone()
+    layer.eval()(torch.zeros(1, 20))
+    assert torch.equal(layer.left, before)
+
+
+def test_what_is_refused(generator):
+    z, logits = torch.tensor([[2, 0]]), torch.zeros(1, 2, 2)
+    with pytest.raises(ConfigError, match="earlier"):
+        mdm_posterior(logits, z, 0.5, 0.5, schedule=LINEAR, mask_id=2)
+    with pytest.raises(ShapeError):
+        mdm_posterior(logits[:, :1], z, 0.5, 0.2, schedule=LINEAR, mask_id=2)
+    with pytest.raises(DataError, match="mask"):
+        corrupt(z, 0.5, 2, generator=generator)
+    with pytest.raises(DataError, match="mask"):
+        mdm_loss(lambda z, t: logits, z, schedule=LINEAR, mask_id=2, generator=generator)
+    with pytest.raises(ConfigError, match="states"):
+        mdm_exact_distribution(lambda z, t: logits, 9, 9, 2)
+    with pytest.raises(ConfigError, match="steps"):
+        AncestralSampler(lambda z, t: logits, steps=0, mask_id=2)
+    with pytest.raises(ConfigError, match="greedy"):
+        AncestralSampler(lambda z, t: logits, steps=1, mask_id=2, noise_removal="none")
+    with pytest.raises(ShapeError, match="prompt"):
+        AncestralSampler(lambda z, t: logits, steps=1, mask_id=2).init(2, 3, prompt=z)
+    with pytest.raises(ConfigError, match="share"):
+        LogLinearSchedule(1.0)
+    with pytest.raises(ConfigError, match="multiple"):
+        TransformerDenoiser(4, 4, width=10, heads=4, generator=generator)
