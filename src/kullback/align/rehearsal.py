@@ -1,7 +1,7 @@
 """A buffer of a policy's own correct answers, with the log-probabilities it gave them: rehearsal without the policy.
 
 Prompts that the first policy masters are told from those to be explored by its pass rate; of the mastered ones the
-buffer holds one more answer each, drawn afresh so that no answer is there because it was lucky, and only if correct.
+buffer holds answers drawn afresh, so that none is there because it was lucky, and only if correct.
 
 Shapes: P prompts, k answers of each; rows of L prompt and T completion tokens. Source: arXiv 2509.07430.
 """
@@ -180,6 +180,7 @@ def rehearse(
     generator: torch.Generator,
     answers: int = 8,
     threshold: float = 0.75,
+    kept: int = 1,
     correct_from: float = 1.0,
     batch: int = 16,
     pad: int = 0,
@@ -187,10 +188,11 @@ def rehearse(
     """The first stage, once, with the policy to be trained: partition the prompts of these numbers and fill a buffer.
 
     source: draws completions with their rewards, as `ScoredRollouts`; a reward of correct_from or more is correct;
-    answers: drawn for the pass rate of a prompt; batch: prompts at once. The partition has the numbers given.
+    answers: drawn for the pass rate of a prompt; kept: drawn afresh for the buffer of a mastered one, 1 as published,
+    more where prompts are few; batch: prompts at once. The partition has the numbers given.
     """
-    if answers < 1 or batch < 1:
-        raise ConfigError(f"answers and batch are 1 or more, got {answers} and {batch}")
+    if min(answers, kept, batch) < 1:
+        raise ConfigError(f"answers, kept and batch are 1 or more, got {answers}, {kept} and {batch}")
     if not prompts:
         raise DataError("there are no prompts to partition")
 
@@ -202,7 +204,7 @@ def rehearse(
     split = partition_by_pass_rate(rewards >= correct_from, threshold=threshold)
     numbers = torch.tensor(list(prompts))
     named = Partition(numbers[split.mastered], numbers[split.exploring])
-    fresh = drawn(named.mastered.tolist(), 1)
+    fresh = drawn(named.mastered.tolist(), kept)
     buffer = RehearsalBuffer(temperature=fresh[0][0].temperature if fresh else 1.0, pad=pad)
     for rollouts, found in fresh:
         buffer.add(rollouts, found >= correct_from)
