@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kullback.distill.bd_kd import BalanceWeights, balanced_kl, bdkd_loss, bdkd_teacher_loss, bdkd_weights
+from kullback.distill.bottleneck import CSIBLoss, fgsm, pgd
 from kullback.distill.mcmi import CMIMeter, class_centroids, effective_dimension, empirical_cmi, mcmi_loss
 from kullback.distill.mcmi_teacher import (
     CentroidTracker,
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
     from kullback.distill._hf_mcmi import MCMITeacherTrainer
     from kullback.distill._hf_online import OnlineDistillationTrainer, OnlineNetworks
     from kullback.distill._hf_pld import PLDTrainer
+    from kullback.distill.bottleneck_regressor import CSIBRegressor
 
 __all__ = [
     "BalanceWeights",
     "CMIMeter",
+    "CSIBLoss",
+    "CSIBRegressor",
     "CentroidTracker",
     "MCMISettings",
     "MCMITeacherTrainer",
@@ -43,16 +47,19 @@ __all__ = [
     "class_centroids",
     "effective_dimension",
     "empirical_cmi",
+    "fgsm",
     "finetune_teacher",
     "kd_loss",
     "mcmi_loss",
+    "pgd",
     "pld_objective",
     "sinkd_loss",
     "zero_shot_distill",
 ]
 
 
-_WITH_TRANSFORMERS = {  # which takes long to import
+_LATE = {  # what imports transformers, which takes long, or needs an extra
+    "CSIBRegressor": "bottleneck_regressor",
     "MCMITeacherTrainer": "_hf_mcmi",
     "OnlineDistillationTrainer": "_hf_online",
     "OnlineNetworks": "_hf_online",
@@ -61,6 +68,6 @@ _WITH_TRANSFORMERS = {  # which takes long to import
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WITH_TRANSFORMERS:
-        return getattr(import_module(f"kullback.distill.{_WITH_TRANSFORMERS[name]}"), name)
+    if name in _LATE:
+        return getattr(import_module(f"kullback.distill.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

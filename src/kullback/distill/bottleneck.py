@@ -1,0 +1,198 @@
+r"""CS-IB: regression through a bottleneck t = e(x), yhat = h(t), both of whose terms are Cauchy-Schwarz divergences.
+
+    min over e and h:   D_CS(p(y|x); q(yhat|x)) + beta I_CS(x; t),
+
+estimated from the kernels of a batch (`conditional_cs`, `cs_qmi_normalized`): no normal output, hence no squared error,
+and no variational bound. Bandwidths are of standardised inputs and targets; where |y - yhat| is many sigma_y the
+gradient is small, so standardise. Attacks on the inputs, by which such regressors are judged, are here as well.
+`kullback.distill.CSIBRegressor` is the whole in the manners of scikit-learn. Source: arXiv 2404.17951.
+
+Shapes: inputs x [n, d], targets y and predictions yhat [n, o] or [n], representation t [n, k].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kullback.core.errors import ConfigError
+from kullback.distill.sinkd import gather_rows
+from kullback.divergences.cauchy_schwarz_samples import conditional_cs, cs_qmi_normalized, median_bandwidth
+
+__all__ = ["Bandwidth", "Bottleneck", "BottleneckOutput", "CSIBLoss", "bandwidth_of", "fgsm", "pgd"]
+
+Bandwidth = float | Literal["sqrt_d", "median"]
+RegressionLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def bandwidth_of(rows: Tensor, kind: Bandwidth) -> float:
+    """The bandwidth for rows [n, d]: a number as it is, "sqrt_d" the root of d, "median" the median distance.
+
+    >>> bandwidth_of(torch.zeros(5, 9), "sqrt_d"), bandwidth_of(torch.zeros(5, 9), 0.5)
+    (3.0, 0.5)
+    """
+    if kind == "sqrt_d":
+        return math.sqrt(rows.shape[-1])
+    if kind == "median":
+        return median_bandwidth(rows.reshape(-1, rows.shape[-1]))
+    if isinstance(kind, str) or not kind > 0.0:
+        raise ConfigError(f'a bandwidth is a number above 0, "sqrt_d" or "median", not {kind!r}')
+    return float(kind)
+
+
+class CSIBLoss(nn.Module):
+    """The terms of the objective on a batch and their sum: {"loss", "prediction", "compression"}.
+
+    beta: the weight of compression, which is not computed at 0 (the paper's grid: 1e-4 to 1). sigma_x, sigma_y,
+    sigma_t: as in `bandwidth_of`; the paper has 1 for all. symmetric: see `conditional_cs`. gather: over the rows of
+    all processes. The quality of both estimates grows with the batch: take 128 rows or more. Raises ConfigError for
+    values out of range, and what the estimators raise.
+
+    >>> x, y = torch.eye(4), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    >>> terms = CSIBLoss(beta=0.1)(x, y, y + torch.tensor([0.0, 0.5, 0.0, -0.5]), x)
+    >>> {name: round(value.item(), 4) for name, value in terms.items()}
+    {'loss': 0.1737, 'prediction': 0.0737, 'compression': 1.0}
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1e-2,
+        sigma_x: Bandwidth = "sqrt_d",
+        sigma_y: Bandwidth = 1.0,
+        sigma_t: Bandwidth = "sqrt_d",
+        symmetric: bool = True,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        if not beta >= 0.0:
+            raise ConfigError(f"beta is the weight of compression, 0 or more, and is {beta}")
+        self.beta, self.symmetric, self.gather = beta, symmetric, gather
+        self.sigma_x, self.sigma_y, self.sigma_t = sigma_x, sigma_y, sigma_t
+
+    def extra_repr(self) -> str:
+        widths = f"sigma_x={self.sigma_x}, sigma_y={self.sigma_y}, sigma_t={self.sigma_t}"
+        return f"beta={self.beta}, {widths}, symmetric={self.symmetric}"
+
+    def forward(self, x: Tensor, y: Tensor, yhat: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The scalar terms from inputs or features x [n, d], targets, predictions and representation t [n, k]."""
+        y, yhat = (value.unsqueeze(-1) if value.ndim == 1 else value for value in (y, yhat))
+        if self.gather:
+            x, y, yhat, t = (gather_rows(value) for value in (x, y, yhat, t))
+        sigma_x = bandwidth_of(x, self.sigma_x)
+        sigma_y = bandwidth_of(y, self.sigma_y)
+        prediction = conditional_cs(x, y, yhat, sigma_x=sigma_x, sigma_y=sigma_y, symmetric=self.symmetric)
+        compression = torch.zeros_like(prediction)
+        if self.beta > 0.0:
+            compression = cs_qmi_normalized(x, t, sigma_x=sigma_x, sigma_t=bandwidth_of(t, self.sigma_t))
+        return {
+            "loss": prediction + self.beta * compression,
+            "prediction": prediction,
+            "compression": compression,
+        }
+
+
+class BottleneckOutput(NamedTuple):
+    """Predictions [n, o], the representation t [n, k], its mean [n, k] and, if stochastic, its log-variance [n, k]."""
+
+    prediction: Tensor
+    representation: Tensor
+    mean: Tensor
+    log_variance: Tensor | None
+
+
+class Bottleneck(nn.Module):
+    """An encoder inputs-hidden-hidden-k with linear heads, and a decoder k-hidden-outputs, with ReLU in between.
+
+    stochastic: t = mean + exp(log-variance / 2) noise where forward gets a generator, and the mean where it gets none.
+    generator: of the first weights, uniform within 1 / sqrt(fan-in).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int = 1,
+        *,
+        hidden: int = 128,
+        k: int = 128,
+        stochastic: bool = False,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.encoder = _perceptron((inputs, hidden, hidden, k), generator)
+        self.encoder.append(nn.ReLU())
+        self.mean = _perceptron((k, k), generator)
+        self.log_variance = _perceptron((k, k), generator) if stochastic else None
+        self.decoder = _perceptron((k, hidden, outputs), generator)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> BottleneckOutput:
+        """All that a loss may want of rows x [n, d]; noise is drawn from the generator."""
+        features = self.encoder(x)
+        mean = self.mean(features)
+        log_variance = None if self.log_variance is None else self.log_variance(features)
+        t = mean
+        if log_variance is not None and generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
+            t = mean + (0.5 * log_variance).exp() * noise.to(mean.device)
+        return BottleneckOutput(self.decoder(t), t, mean, log_variance)
+
+
+def _perceptron(widths: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inside, outside in pairwise(widths):
+        linear: Any = nn.utils.skip_init(nn.Linear, inside, outside)
+        for parameter in linear.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(inside), 1 / math.sqrt(inside), generator=generator)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+# --- attacks
+
+
+def fgsm(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, eps: float, loss: RegressionLoss | None = None
+) -> Tensor:
+    """Inputs [n, d] moved by eps in each coordinate, to where the loss of model(x) rises first.
+
+    loss(prediction, target) is a scalar, squared error by default. Raises ConfigError for a negative eps.
+
+    >>> fgsm(lambda x: x.sum(-1), torch.tensor([[1.0, 2.0]]), torch.tensor([0.0]), eps=0.5)
+    tensor([[1.5000, 2.5000]])
+    """
+    return pgd(model, x, y, eps=eps, alpha=eps, steps=1, loss=loss)
+
+
+def pgd(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    clamp: tuple[float, float] | None = None,
+    loss: RegressionLoss | None = None,
+) -> Tensor:
+    """`steps` such moves of length alpha, never further than eps from x in a coordinate, nor out of the range clamp.
+
+    Gradients of the model's parameters are left as they are. Raises ConfigError for numbers out of range.
+
+    >>> pgd(lambda x: x.sum(-1), torch.tensor([[1.0, 2.0]]), torch.tensor([0.0]), eps=0.5, alpha=0.3, steps=3)
+    tensor([[1.5000, 2.5000]])
+    """
+    if not (eps >= 0.0 and alpha >= 0.0 and steps >= 1):
+        raise ConfigError(f"eps and alpha are lengths and steps a count, got {eps}, {alpha} and {steps}")
+    risk = nn.functional.mse_loss if loss is None else loss
+    moved = x.detach()
+    for _ in range(steps):
+        at = moved.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(risk(model(at), y), at)
+        moved = torch.clamp(moved + alpha * slope.sign(), x.detach() - eps, x.detach() + eps)
+        moved = moved if clamp is None else moved.clamp(*clamp)
+    return moved
