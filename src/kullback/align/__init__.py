@@ -21,6 +21,16 @@ from kullback.align.f_dpo import (
     preference_metrics,
 )
 from kullback.align.grpo import Grpo
+from kullback.align.implicit import (
+    FSFT,
+    FSFTOutput,
+    drift_report,
+    fsft_loss,
+    implicit_reward_accuracy,
+    matching_divergence,
+    phi_transform,
+    prefix_values,
+)
 from kullback.align.log_probs import (
     TokenLogProbs,
     completion_log_probs,
@@ -28,6 +38,7 @@ from kullback.align.log_probs import (
     log_probs_from_logits,
     sequence_log_probs,
 )
+from kullback.align.matching import Matching, matching_dual, matching_optimum
 from kullback.align.measures import (
     coverage_at_k,
     distinct_n,
@@ -63,13 +74,16 @@ from kullback.align.rollouts import Rollouts, pad_left, sample_rollouts
 from kullback.align.scored import ScoredRollouts
 
 __all__ = [
+    "FSFT",
     "ArithmeticReward",
     "Dph",
     "ExactReward",
     "FDPOLoss",
     "FDPOOutput",
     "FDpg",
+    "FSFTOutput",
     "Grpo",
+    "Matching",
     "Method",
     "ModelReward",
     "OnlineMethod",
@@ -93,25 +107,33 @@ __all__ = [
     "coverage_at_k",
     "distinct_n",
     "divergence_estimates",
+    "drift_report",
     "ece_gap_bound",
     "f_regularised_policy",
     "fdpg_loss",
     "fdpo_loss",
     "fppo_penalty",
+    "fsft_loss",
     "grouped_advantages",
     "implicit_reward",
+    "implicit_reward_accuracy",
     "leave_one_out_baseline",
     "load_reward",
     "log_probs_from_hidden",
     "log_probs_from_logits",
+    "matching_divergence",
+    "matching_dual",
+    "matching_optimum",
     "mean_pass_at_k",
     "pad_left",
     "paper_divergence",
     "partition_by_pass_rate",
     "pass_at_k",
+    "phi_transform",
     "policy_ratio",
     "preference_ece",
     "preference_metrics",
+    "prefix_values",
     "quasi_rejection",
     "reduce_tokens",
     "reference_penalty",

@@ -26,15 +26,18 @@ Source: arXiv 2507.00018. Shapes: B completions of T tokens; log-probabilities a
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kullback.align.methods import Batch
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences import FDivergence, f_divergence
 
 __all__ = [
+    "FSFT",
     "FSFTOutput",
     "drift_report",
     "fsft_loss",
@@ -172,6 +175,53 @@ def _baseline(
         mean = phi_transform(scaled + at, divergence=divergence, largest_weight=largest_weight or 1e6)[1].mean()
         low, high = torch.where(mean > 1.0, at, low), torch.where(mean > 1.0, high, at)
     return 0.5 * (low + high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FSFT:
+    """f-SFT as a method of alignment (see `methods.Method`); its options are those of `fsft_loss`.
+
+    The sum over a batch is divided by its tokens at both levels, so that total variation is the usual SFT. The other
+    remedy against drift is a smaller learning rate, a fifth of the usual one at the same number of steps.
+    Raises ConfigError as `fsft_loss`.
+
+    >>> FSFT(divergence=matching_divergence("hellinger"), beta=0.05).needs_reference
+    True
+    """
+
+    divergence: FDivergence
+    beta: float = 1.0
+    baseline: Literal["zero", "profile"] = "zero"
+    level: Literal["sequence", "token"] = "sequence"
+    largest_weight: float | None = 4.0
+    needs_reference: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs_reference", self.divergence.name != "total_variation")
+        two = torch.zeros(2, 1)
+        self._of(two, two, torch.ones_like(two))  # refuses what fsft_loss does
+
+    def _of(self, log_reference: Tensor | None, log_policy: Tensor, mask: Tensor) -> FSFTOutput:
+        return fsft_loss(
+            log_reference, log_policy, mask, divergence=self.divergence, beta=self.beta, baseline=self.baseline,
+            level=self.level, largest_weight=self.largest_weight,
+        )  # fmt: skip
+
+    def count(self, batch: Batch) -> float:
+        """Tokens."""
+        return float(batch["completion_mask"].sum())
+
+    def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss a token; logged are x and the weights of demonstrations, with their least and largest."""
+        mask = batch["completion_mask"]
+        reference = batch["reference_log_prob"] if self.needs_reference else None
+        output = self._of(reference, log_prob, mask)
+        kept = mask.bool() if self.level == "token" else torch.ones_like(output.x, dtype=torch.bool)
+        if not self.needs_reference or not kept.any():
+            return output.loss.sum() / count, {}
+        x, weight = output.x[kept], output.weight[kept]
+        seen = {"x": x.mean(), "weight": weight.mean(), "weight/least": weight.min(), "weight/largest": weight.max()}
+        return output.loss.sum() / count, seen
 
 
 def prefix_values(
