@@ -1,6 +1,15 @@
 """Alignment: losses and policy gradients that bring a language model to preferences, rewards and targets."""
 
 from kullback.align.calibration import ece_gap_bound, preference_ece
+from kullback.align.difficulty import (
+    DifficultyFilter,
+    PassRateTracker,
+    acceptance_probability,
+    difficulty_filter,
+    kl_to_optimum,
+    variance_bound,
+)
+from kullback.align.difficulty_sampler import FilteredBatch, FilteredSource, OnlineDifficultySampler, StarvationWarning
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
 from kullback.align.f_dpg import (
     FDpg,
@@ -70,25 +79,30 @@ from kullback.align.rewards import (
     load_reward,
     score,
 )
-from kullback.align.rollouts import Rollouts, pad_left, sample_rollouts
+from kullback.align.rollouts import Rollouts, join_rollouts, pad_left, sample_rollouts
 from kullback.align.scored import ScoredRollouts
 
 __all__ = [
     "FSFT",
     "ArithmeticReward",
+    "DifficultyFilter",
     "Dph",
     "ExactReward",
     "FDPOLoss",
     "FDPOOutput",
     "FDpg",
     "FSFTOutput",
+    "FilteredBatch",
+    "FilteredSource",
     "Grpo",
     "Matching",
     "Method",
     "ModelReward",
+    "OnlineDifficultySampler",
     "OnlineMethod",
     "Partition",
     "PartitionEstimator",
+    "PassRateTracker",
     "PatternReward",
     "Preference",
     "RegularisedPolicy",
@@ -96,15 +110,18 @@ __all__ = [
     "Rollouts",
     "RunningBaseline",
     "ScoredRollouts",
+    "StarvationWarning",
     "StatefulMethod",
     "Supervised",
     "TokenLogProbs",
+    "acceptance_probability",
     "arithmetic_value",
     "clipped_policy_loss",
     "clipped_share",
     "completion_log_probs",
     "constant_groups",
     "coverage_at_k",
+    "difficulty_filter",
     "distinct_n",
     "divergence_estimates",
     "drift_report",
@@ -117,6 +134,8 @@ __all__ = [
     "grouped_advantages",
     "implicit_reward",
     "implicit_reward_accuracy",
+    "join_rollouts",
+    "kl_to_optimum",
     "leave_one_out_baseline",
     "load_reward",
     "log_probs_from_hidden",
@@ -147,5 +166,6 @@ __all__ = [
     "sequence_log_probs",
     "target_divergence",
     "token_entropy",
+    "variance_bound",
     "visited_penalty",
 ]

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.decode.ancestral import draw_tokens
 
-__all__ = ["Rollouts", "pad_left", "sample_rollouts"]
+__all__ = ["Rollouts", "join_rollouts", "pad_left", "sample_rollouts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,38 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
     ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     return ids, torch.arange(length) >= length - lengths.unsqueeze(1)
+
+
+def join_rollouts(parts: Sequence[Rollouts], *, pad: int = 0) -> Rollouts:
+    """All rows of several rollouts of one temperature, as wide as the widest need; ConfigError for another temperature.
+
+    texts go on where all parts have them.
+    """
+    if not parts:
+        raise DataError("there are no rollouts to join")
+    if len({part.temperature for part in parts}) > 1:
+        raise ConfigError(f"rollouts of temperatures {sorted({part.temperature for part in parts})} are not of one law")
+    left = max(part.prompt_length for part in parts)
+    right = max(part.completion_mask.shape[1] for part in parts)
+
+    def joined(name: str, fill: float, both: bool) -> Tensor:
+        tensors = []
+        for part in parts:
+            missing = (both * (left - part.prompt_length), right - part.completion_mask.shape[1])
+            tensors.append(functional.pad(getattr(part, name), missing, value=fill))
+        return torch.cat(tensors)
+
+    texts = [part.texts for part in parts]
+    return Rollouts(
+        ids=joined("ids", pad, True),
+        attention_mask=joined("attention_mask", False, True),
+        completion_mask=joined("completion_mask", False, False),
+        log_probs=joined("log_probs", 0.0, False),
+        prompt_index=torch.cat([part.prompt_index for part in parts]),
+        finished=torch.cat([part.finished for part in parts]),
+        temperature=parts[0].temperature,
+        texts=None if None in texts else tuple(text for some in texts for text in some or ()),
+    )
 
 
 def sample_rollouts(
