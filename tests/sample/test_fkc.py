@@ -365,6 +365,21 @@ def test_systematic_counts_are_the_floor_or_the_ceiling(logs, seed):
     assert bool((counts <= (wanted + 1e-9).ceil()).all())
 
 
+@pytest.mark.parametrize("size", [2, 17, 1000])
+def test_the_compiled_loop_is_the_tensors_twin(size):
+    pytest.importorskip("numba")
+    logs = 3.0 * torch.randn(50, size, generator=seeded(1), dtype=torch.float64)
+    logs[:, ::3] = -math.inf
+    for single in (logs, logs.float()):
+        ours, twin = (systematic_resample(single, generator=seeded(2), compiled=flag) for flag in (None, False))
+        assert torch.equal(ours, twin)
+    for bad in (math.nan, math.inf):
+        logs[3, 1] = bad
+        for flag in (None, False):
+            with pytest.raises(DataError, match="not a number"):
+                systematic_resample(logs, generator=seeded(2), compiled=flag)
+
+
 def test_systematic_counts_have_their_means():
     weights = torch.tensor([0.05, 0.3, 0.0, 0.15, 0.5], dtype=torch.float64)
     rows = systematic_resample(weights.log().expand(10_000, 5), generator=seeded(1))

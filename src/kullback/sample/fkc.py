@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -147,11 +149,14 @@ def log_normalizer(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
-def systematic_resample(log_weights: Tensor, *, generator: Generators, floor: float = 0.0) -> Tensor:
+def systematic_resample(
+    log_weights: Tensor, *, generator: Generators, floor: float = 0.0, compiled: bool | None = None
+) -> Tensor:
     """Ancestors [R, K], in order, of log-weights [R, K]: the i-th appears floor(K w_i) or ceil(K w_i) times.
 
-    One uniform number a row; no sorting or searching. Sums are in float64. Raises ConfigError for fewer than two
-    particles, DataError for a row that has no weight or one that is not a number.
+    One uniform number a row; no sorting or searching; sums in float64. floor: the least share of a particle, before
+    shares are normalised again. compiled: None takes a compiled loop on a CPU where numba is there. Raises ConfigError
+    for fewer than two particles, DataError for a row that has no weight or one that is not a number.
 
     >>> source = torch.Generator().manual_seed(0)
     >>> systematic_resample(torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log(), generator=source)
@@ -159,17 +164,40 @@ def systematic_resample(log_weights: Tensor, *, generator: Generators, floor: fl
     """
     if log_weights.ndim != 2 or log_weights.shape[1] < 2:
         raise ConfigError(f"resampling takes log-weights [R, K] of K >= 2 particles, got {tuple(log_weights.shape)}")
-    size = log_weights.shape[1]
-    weights = log_weights.double().softmax(1)
+    logs = log_weights.detach().double()
     if floor:
-        weights = weights.clamp(min=floor)
-    cumulative = weights.cumsum(1)
-    if not bool(cumulative[:, -1].isfinite().all()):
+        logs = logs.log_softmax(1).clamp(min=math.log(floor))
+    numbers = uniform((len(logs), 1), generator)
+    loops = None if compiled is False or logs.device.type != "cpu" else _loops()
+    if loops is not None:
+        ancestors = torch.empty(logs.shape, dtype=torch.int64)
+        good = loops.systematic(logs.contiguous().numpy(), numbers[:, 0].numpy(), ancestors.numpy())
+    else:
+        ancestors, good = _systematic(logs, numbers)
+    if not good:
         raise DataError("no particle has a weight, or a weight is not a number: see the scores at high noise first")
-    ends = (cumulative / cumulative[:, -1:]).mul_(size).sub_(uniform((len(weights), 1), generator)).ceil_().long()
+    return ancestors
+
+
+@cache
+def _loops() -> ModuleType | None:
+    try:
+        from kullback.sample import _fkc_numba
+    except ImportError:
+        return None
+    return _fkc_numba
+
+
+def _systematic(logs: Tensor, numbers: Tensor) -> tuple[Tensor, bool]:
+    """The i-th ancestor ends where K times the cumulative weight, less the number, does."""
+    rows, size = logs.shape
+    cumulative = (logs - logs.amax(1, keepdim=True)).exp_().cumsum(1)
+    total = cumulative[:, -1:]
+    ends = (cumulative * (size / total)).sub_(numbers).ceil_().long().clamp_(0, size)
     ends[:, -1] = size
-    marks = torch.zeros(len(weights), size + 1, dtype=torch.int64, device=weights.device)
-    return marks.scatter_add_(1, ends.clamp_(0, size), torch.ones_like(ends)).cumsum(1)[:, :size]
+    marks = torch.zeros(rows, size + 1, dtype=torch.int64, device=logs.device)
+    ancestors = marks.scatter_add_(1, ends, torch.ones_like(ends)).cumsum(1)[:, :size]
+    return ancestors, bool(total.isfinite().all())
 
 
 def birth_death_step(increments: Tensor, *, generator: Generators) -> Tensor:
@@ -297,7 +325,8 @@ class _Corrector:
         increments = increments.to(state.log_weights.dtype)
         if self.resample == "birth_death":
             parents, grown = birth_death_step(increments, generator=generator), increments.mean(1)
-            info = FKCInfo(_effective(increments), grown, parents, clipped)
+            weights = increments - log_normalizer(increments).unsqueeze(1)
+            info = FKCInfo(_effective(weights), grown, parents, clipped)
             return _taken(state._replace(log_z=state.log_z + grown), parents), info
         weights = state.log_weights + increments
         grown = log_normalizer(weights)
@@ -322,8 +351,8 @@ def _drift(at: Evaluation) -> Tensor:
 
 
 def _effective(log_weights: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2, [R, K] to [R]."""
-    return (2.0 * log_weights.logsumexp(1) - (2.0 * log_weights).logsumexp(1)).exp()
+    """(sum w)^2 / sum w^2 of weights of mean 1, [R, K] to [R]."""
+    return log_weights.shape[1] ** 2 / (2.0 * log_weights).exp().sum(1)
 
 
 def _taken(state: FKCState, parents: Tensor) -> FKCState:
