@@ -198,6 +198,18 @@ def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
         assert torch.equal(tensor, weights(run.path)[name]), name
 
 
+def test_a_judge_of_pairs(adder, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "def longer(prompts, firsts, seconds):\n"
+        "    return [0.5 + 0.5 * (len(a) > len(b)) - 0.5 * (len(a) < len(b)) for a, b in zip(firsts, seconds)]\n"
+    )
+    reward = job.RewardConfig(name=f"{tmp_path / 'judge.py'}:longer", pairwise=True)
+    config = align_config(adder, method="nash-mp", options={"preferences": "given", "beta": 0.01}, reward=reward)
+    found = events(job.run(with_training(config, steps=20, learning_rate=3e-3), tmp_path / "run").path)
+    assert found[0]["reward"] == pytest.approx(0.5, abs=1e-6), "on its own completions a policy wins half the time"
+    assert found[-1]["tokens"] > found[0]["tokens"]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -208,6 +220,7 @@ def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
         ({"reward": job.RewardConfig()}, ConfigError, "none is named"),
         ({"reward": job.RewardConfig(name="exactly")}, ConfigError, "there is no reward"),
         ({"reward": job.RewardConfig(name="regex")}, ConfigError, "reward.pattern"),
+        ({"reward": job.RewardConfig(name="exact", pairwise=True)}, ConfigError, "judge of your own"),
         ({"reward": job.RewardConfig(name="nowhere.py:f")}, DataError, "nowhere.py"),
         ({"sampling": job.SamplingConfig(group=1)}, ConfigError, "sampling.group"),
         ({"model": ""}, ConfigError, "no model"),

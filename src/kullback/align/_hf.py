@@ -5,8 +5,8 @@ Shapes: B rows of L prompt tokens, padded on the left, and T completion tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -83,7 +83,8 @@ class AlignTrainer(Trainer):
 
     By keyword, the rest is the Trainer's: `method`; `reference`, where the method needs one; `rollouts`, for methods
     that learn from the policy's own completions: then a batch is {"index": [P]}, the numbers of prompts, and `group`
-    completions of each are sampled from the stream of (seed, step, process). Other batches have what
+    completions of each are sampled from the stream of (seed, step, process). A method with an `anchor_decay` finds the
+    log-probabilities under a moving average of the weights as anchor_log_prob. Other batches have what
     `collate_completions` makes, chosen rows before rejected ones. temperature: of the policy in the loss. vocabulary:
     entries of the head that exist. The loss is divided by the count of the whole accumulated batch over all processes.
     """
@@ -112,6 +113,7 @@ class AlignTrainer(Trainer):
         self.method, self.reference, self.rollouts, self.group = method, reference, rollouts, group
         self.temperature, self.vocabulary, self.stream = temperature, vocabulary, seed
         self.model_accepts_loss_kwargs = True  # asks the Trainer for the count of the accumulated batch
+        self.anchor: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
 
@@ -135,21 +137,23 @@ class AlignTrainer(Trainer):
         if not batches:
             return batches, None
         if self.rollouts is not None:
+            self._move_anchor()
             draw = generator(self.stream, "rollouts", self.state.global_step, self.args.process_index, device=device)
             batches = [self._roll_out(self.rollouts, batch["index"].tolist(), draw) for batch in batches]
         count = torch.tensor(sum(self.method.count(batch) for batch in batches), device=device, dtype=torch.float64)
         return batches, self.accelerator.reduce(count).clamp(min=1.0)
 
     def extra_state(self) -> dict[str, Any]:
-        """What the method remembers, for a checkpoint."""
+        """What the method remembers and the anchor, for a checkpoint."""
         method: Any = self.method
-        return {"method": method.state_dict() if hasattr(method, "state_dict") else {}}
+        return {"method": method.state_dict() if hasattr(method, "state_dict") else {}, "anchor": self.anchor}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Give the method back what it remembered."""
         method: Any = self.method
         if state["method"]:
             method.load_state_dict(state["method"])
+        self.anchor = state["anchor"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means of what the method tells, under the names metric/..."""
@@ -164,22 +168,52 @@ class AlignTrainer(Trainer):
     def _roll_out(self, source: ScoredRollouts, index: Sequence[int], draw: torch.Generator) -> dict[str, Any]:
         policy = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), self._precision():
-            found, rewards = source(policy, index, group=self.group, generator=draw)
+            rolled, rewards = source(policy, index, group=self.group, generator=draw)
+            given = (rolled.ids, rolled.attention_mask, rolled.completion_mask)
             batch = {
-                "input_ids": found.ids,
-                "attention_mask": found.attention_mask,
-                "completion_mask": found.completion_mask,
-                "old_log_prob": found.log_probs,
-                "prompt_index": found.prompt_index,
+                **dict(zip(("input_ids", "attention_mask", "completion_mask"), given, strict=True)),
+                "old_log_prob": rolled.log_probs,
+                "prompt_index": rolled.prompt_index,
                 "rewards": rewards,
             }
             if self.method.needs_reference and self.reference is not None:
-                given = (found.ids, found.attention_mask, found.completion_mask)
                 batch["reference_log_prob"] = self.reference(*given)
+            if self.anchor:
+                with self._anchored(policy):
+                    found = completion_log_probs(
+                        policy, *given, temperature=self.temperature, vocabulary=self.vocabulary
+                    )
+                batch["anchor_log_prob"] = found.log_probs
             remembers = {"gather": self.accelerator.gather} if hasattr(self.method, "load_state_dict") else {}
             method: Any = self.method
             prepared: dict[str, Any] = method.prepare(batch, group=self.group, generator=draw, **remembers)
             return prepared
+
+    @torch.no_grad()
+    def _move_anchor(self) -> None:
+        """Where the method has an anchor, a moving average of the trained weights: one step of it a step."""
+        decay = getattr(self.method, "anchor_decay", None)
+        if decay is None:
+            return
+        for name, weight in self.accelerator.unwrap_model(self.model).named_parameters():
+            if not weight.requires_grad:
+                continue
+            if name not in self.anchor:
+                self.anchor[name] = weight.detach().clone()
+            self.anchor[name] = self.anchor[name].to(weight.device).lerp(weight.detach(), 1.0 - decay)
+
+    @contextmanager
+    def _anchored(self, policy: Any) -> Iterator[None]:
+        """While open, the policy has the anchor's weights."""
+        own = {name: weight.data for name, weight in policy.named_parameters() if name in self.anchor}
+        places = dict(policy.named_parameters())
+        try:
+            for name, tensor in self.anchor.items():
+                places[name].data = tensor
+            yield
+        finally:
+            for name, tensor in own.items():
+                places[name].data = tensor
 
     def _precision(self) -> Any:
         return self.compute_loss_context_manager() if self.args.bf16 else nullcontext()

@@ -12,6 +12,7 @@ from kullback.align.f_dpg import FDpg, target_divergence
 from kullback.align.f_dpo import FDPOLoss, paper_divergence
 from kullback.align.grpo import Grpo
 from kullback.align.methods import Preference, Supervised
+from kullback.align.nash_policy import NashPolicy
 from kullback.align.rehearsal import RehearsalBuffer
 from kullback.core.errors import ConfigError
 from kullback.divergences import FDivergence, f_divergence
@@ -81,6 +82,7 @@ def _entries() -> dict[str, _Entry]:
         "rloo": _Entry("online", _rloo),
         "f-dpg": _Entry("online", _f_dpg),
         "dph-rl": _Entry("online", _dph),
+        "nash-mp": _Entry("online", _nash_mp),
     }
 
 
@@ -138,6 +140,14 @@ def _f_dpg(
 ) -> Method:  # fmt: skip
     chosen: dict[str, Any] = {"target": target, "baseline": baseline}
     return FDpg(divergence=target_divergence(divergence, alpha=alpha), beta=beta, max_ratio=max_ratio, **chosen)
+
+
+def _nash_mp(
+    *, beta: float = 0.1, eta: float | None = None, decay: float = 0.95, mode: str = "nash-mp",
+    preferences: str = "bradley-terry",
+) -> Method:  # fmt: skip
+    chosen: dict[str, Any] = {"mode": mode, "preferences": preferences}
+    return NashPolicy(beta=beta, eta=eta, decay=decay, **chosen)
 
 
 def _dph(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kullback.align.nash_policy import judged
 from kullback.align.rewards import ArithmeticReward, ExactReward, ModelReward, PatternReward, Reward, load_reward
 from kullback.core.errors import ConfigError
 
@@ -22,6 +23,8 @@ def chosen_reward(config: RewardConfig, *, needed: bool) -> Reward | None:
     name, pattern = config.name, config.pattern
     if pattern and name not in ("exact", "regex"):
         raise ConfigError(f"reward.pattern does nothing to the reward {name or '(none)'!r}: exact and regex take it")
+    if config.pairwise and ":" not in name:
+        raise ConfigError("reward.pairwise needs a judge of your own: module:function or file.py:function")
     if not name:
         if needed:
             raise ConfigError(
@@ -38,7 +41,7 @@ def chosen_reward(config: RewardConfig, *, needed: bool) -> Reward | None:
     if name == "arithmetic":
         return ArithmeticReward()
     if ":" in name:
-        return load_reward(name)
+        return judged(load_reward(name)) if config.pairwise else load_reward(name)
     if Path(name).expanduser().is_dir():
         return ModelReward(Path(name).expanduser())
     raise ConfigError(

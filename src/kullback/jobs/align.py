@@ -45,7 +45,8 @@ class RewardConfig:
     """The reward. name: exact, regex, arithmetic, "module:function", "file.py:function" or the directory of a reward
     model; pattern: of exact, with a group around the answer, or of regex; seconds: what one call may take; on_error:
     "stop", or "zero" to give the completions of a call that failed nothing and go on; correct: a completion whose
-    reward is over this counts as right in pass@k.
+    reward is over this counts as right in pass@k. pairwise: the function is a judge, of (prompts, firsts, seconds) to
+    the chances that the first is preferred, and the reward is a completion's mean chance against those of its prompt.
     """
 
     name: str = ""
@@ -53,6 +54,7 @@ class RewardConfig:
     seconds: float = 60.0
     on_error: Literal["stop", "zero"] = "stop"
     correct: float = 0.5
+    pairwise: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,225 @@
+r"""Nash learning of a policy that can only be sampled: each proximal step is followed by policy gradients.
+
+    g = E_{y~pi, y'~mu} [(P(y > y') - 1/2 - b log(pi/ref)(y) - (b/eta) log(pi/nu)(y)) grad log pi(y)]
+
+with mu the opponent and nu the anchor. In one loop: mu is the policy itself and nu a moving average of its weights, so
+that about 1 / (1 - decay) steps of gradient stand for one proximal step: the one-loop form of Nash mirror prox and of
+the proximal point method alike. Completions of one prompt are each other's
+opponents: P(y > y') serves both.
+
+Shapes: P prompts, G completions of each; sequence log-probabilities [P, G], nats; preferences [P, G], each
+completion's mean chance to be preferred to the others. Sources: arXiv 2505.19731; Online IPO 2403.08635.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kullback.align.log_probs import sequence_log_probs
+from kullback.align.methods import Batch
+from kullback.align.policy_gradient import leave_one_out_baseline
+from kullback.core.errors import ConfigError, DataError, ShapeError
+
+__all__ = [
+    "NashPolicy",
+    "judged",
+    "nash_policy_gradient_loss",
+    "online_ipo_loss",
+    "pair_preferences",
+    "win_rates",
+]
+
+Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
+
+
+def pair_preferences(rewards: Tensor, *, rule: Literal["bradley-terry", "compare"] = "bradley-terry") -> Tensor:
+    """The chance [P, G, G] that a prompt's completion is preferred to another, from rewards [P, G].
+
+    "bradley-terry": sigmoid of the difference; "compare": 1 for the larger, 1/2 for a tie.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ShapeError(f"rewards are [prompts, group], two completions or more each, got {tuple(rewards.shape)}")
+    gap = rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
+    if rule == "bradley-terry":
+        return gap.sigmoid()
+    if rule == "compare":
+        return 0.5 * (gap.sign() + 1.0)
+    raise ConfigError(f"rule is bradley-terry or compare, not {rule!r}")
+
+
+def win_rates(preferences: Tensor) -> Tensor:
+    """Each completion's mean chance to be preferred to the others, from preferences [P, G, G]; [P, G].
+
+    >>> win_rates(pair_preferences(torch.tensor([[1.0, 0.0, 0.0]]), rule="compare"))
+    tensor([[1.0000, 0.2500, 0.2500]])
+    """
+    return (preferences.sum(-1) - preferences.diagonal(dim1=-2, dim2=-1)) / (preferences.shape[-1] - 1)
+
+
+def judged(judge: Judge, *, both_orders: bool = True) -> Callable[..., Tensor]:
+    """A reward function from a pairwise judge: each completion's mean chance against the others of the same prompt.
+
+    judge(prompts, firsts, seconds) gives the chances that the first is preferred. It is asked once for all pairs of
+    the batch, in both orders where `both_orders`, and averaged, so that minding the order does no harm; a completion
+    that is alone or equal to another ties with it without being asked.
+
+    >>> longer = judged(lambda prompts, a, b: [float(len(x) > len(y)) for x, y in zip(a, b)])
+    >>> longer(["p"] * 3, ["long one", "mid", "s"])
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+
+    def reward(prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+        groups: dict[str, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(prompt, []).append(place)
+        pairs = [
+            (i, j) for rows in groups.values() for i in rows for j in rows if i < j and completions[i] != completions[j]
+        ]
+        asked = pairs + [(j, i) for i, j in pairs] if both_orders else pairs
+        found = torch.zeros(0)
+        if asked:
+            firsts, seconds = ([completions[pair[side]] for pair in asked] for side in (0, 1))
+            found = torch.as_tensor(judge([prompts[i] for i, _ in asked], firsts, seconds), dtype=torch.float32)
+            if found.shape != (len(asked),) or not ((found >= 0) & (found <= 1)).all():
+                raise DataError(f"a judge gives a chance in [0, 1] for each of {len(asked)} pairs, got {found[:4]}")
+        if both_orders:
+            ahead, behind = found[: len(pairs)], found[len(pairs) :]
+            found = 0.5 * (ahead + 1.0 - behind)
+        sums = torch.zeros(len(completions))
+        for rows in groups.values():
+            for i in rows:
+                sums[i] += 0.5 * sum(j != i and completions[i] == completions[j] for j in rows)
+        for (i, j), chance in zip(pairs, found.tolist(), strict=True):
+            sums[i] += chance
+            sums[j] += 1.0 - chance
+        sizes = torch.tensor([len(groups[prompt]) - 1 for prompt in prompts])
+        return torch.where(sizes > 0, sums / sizes.clamp(min=1), 0.5)
+
+    return reward
+
+
+def nash_policy_gradient_loss(
+    reference_log_prob: Tensor,
+    anchor_log_prob: Tensor,
+    log_prob: Tensor,
+    preference: Tensor,
+    *,
+    beta: float,
+    eta: float,
+    baseline: Literal["loo", "none"] = "loo",
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """The surrogate [] whose gradient climbs P(pi > mu) - b KL(pi, ref) - (b / eta) KL(pi, nu); all [P, G].
+
+    preference: P(y > mu) of each completion, drawn from the policy; eta may be infinite, for no anchor. baseline "loo":
+    the mean of the other completions of the prompt. count: what the sum is divided by, P G by default.
+    """
+    shapes = {tuple(x.shape) for x in (reference_log_prob, anchor_log_prob, log_prob, preference)}
+    if len(shapes) != 1 or log_prob.ndim != 2 or not log_prob.numel():
+        raise ShapeError(f"log-probabilities and preferences are [prompts, group] alike, got {sorted(shapes)}")
+    if not beta > 0.0 or not eta > 0.0:
+        raise ConfigError(f"beta and eta are positive, got {beta} and {eta}")
+    fixed = log_prob.detach()
+    reward = preference - 0.5 - beta * (fixed - reference_log_prob) - (beta / eta) * (fixed - anchor_log_prob)
+    if baseline == "loo":
+        reward = reward - leave_one_out_baseline(reward)
+    elif baseline != "none":
+        raise ConfigError(f'baseline is "loo" or "none", not {baseline!r}')
+    return -(reward.detach() * log_prob).sum() / (log_prob.numel() if count is None else count)
+
+
+def online_ipo_loss(
+    reference_log_prob: Tensor,
+    log_prob: Tensor,
+    preferences: Tensor,
+    *,
+    beta: float,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Online IPO []: the mean over pairs of a prompt's completions of (h_i - h_j - (P_ij - 1/2) / b)^2.
+
+    h is log pi / ref [P, G], preferences [P, G, G]; it is the mean of IPO's loss over labels drawn from P, up to a
+    constant. count: what the sum over completions is divided by.
+    """
+    if not beta > 0.0:
+        raise ConfigError(f"beta is positive, got {beta}")
+    if preferences.shape != (*log_prob.shape, log_prob.shape[-1]) or reference_log_prob.shape != log_prob.shape:
+        shapes = f"{tuple(log_prob.shape)}, {tuple(reference_log_prob.shape)}, {tuple(preferences.shape)}"
+        raise ShapeError(f"log-probabilities are [P, G] and preferences [P, G, G], got {shapes}")
+    ratio = log_prob - reference_log_prob
+    gap = ratio.unsqueeze(-1) - ratio.unsqueeze(-2) - (preferences - 0.5) / beta
+    off = 1.0 - torch.eye(ratio.shape[-1], dtype=gap.dtype, device=gap.device)
+    per_completion = (off * gap.square()).sum(-1) / max(ratio.shape[-1] - 1, 1)
+    return per_completion.sum() / (log_prob.numel() if count is None else count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NashPolicy:
+    """Nash learning as a method of the room: rewards, or a judge's win rates, make the game.
+
+    beta, eta: as in the module; eta is 2 beta by default. decay: of the moving average that is the anchor. mode
+    "nash-mp": the anchor; "self-play": none. "ipo": the squared loss of Online IPO on all pairs of a prompt instead of
+    a policy gradient. preferences: how rewards become chances (see `win_rates`), or "given" where the reward is a win
+    rate already. Raises ConfigError for values out of range.
+    """
+
+    beta: float = 0.1
+    eta: float | None = None
+    decay: float = 0.95
+    mode: Literal["nash-mp", "self-play", "ipo"] = "nash-mp"
+    preferences: Literal["bradley-terry", "compare", "given"] = "bradley-terry"
+    needs_reference: bool = field(default=True, init=False)
+    anchor_decay: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0.0 or (self.eta is not None and not self.eta > 0.0):
+            raise ConfigError(f"beta and eta are positive, got {self.beta} and {self.eta}")
+        if not 0.0 <= self.decay < 1.0:
+            raise ConfigError(f"decay lies in [0, 1), got {self.decay}")
+        if self.mode not in ("nash-mp", "self-play", "ipo"):
+            raise ConfigError(f"mode is nash-mp, self-play or ipo, not {self.mode!r}")
+        if self.preferences not in ("bradley-terry", "compare", "given"):
+            raise ConfigError(f"preferences are bradley-terry, compare or given, not {self.preferences!r}")
+        if self.mode == "ipo" and self.preferences == "given":
+            raise ConfigError("mode ipo compares completions one by one, and win rates are their mean: give rewards")
+        object.__setattr__(self, "anchor_decay", self.decay if self.mode == "nash-mp" else None)
+
+    def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
+        """Adds advantages [B], or for "ipo" the preferences [B, G] of each completion to those of its prompt."""
+        rates = batch["rewards"].view(-1, group)
+        if self.preferences != "given":
+            preferences = pair_preferences(rates, rule=self.preferences)
+            if self.mode == "ipo":
+                return {**batch, "preferences": preferences.reshape(-1, group)}
+            rates = win_rates(preferences)
+        mask = batch["completion_mask"]
+        log_prob, reference = (
+            sequence_log_probs(batch[name], mask).view(-1, group) for name in ("old_log_prob", "reference_log_prob")
+        )
+        advantage = rates - 0.5 - self.beta * (log_prob - reference)
+        if self.anchor_decay is not None:
+            anchor = sequence_log_probs(batch["anchor_log_prob"], mask).view(-1, group)
+            eta = 2.0 * self.beta if self.eta is None else self.eta
+            advantage = advantage - (self.beta / eta) * (log_prob - anchor)
+        advantage = advantage - leave_one_out_baseline(advantage)
+        return {**batch, "advantages": advantage.reshape(-1)}
+
+    def count(self, batch: Batch) -> float:
+        """Completions."""
+        return float(len(batch["rewards"]))
+
+    def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The surrogate, or the squared loss of pairs."""
+        mask = batch["completion_mask"]
+        policy, reference = (sequence_log_probs(x, mask) for x in (log_prob, batch["reference_log_prob"]))
+        metrics = {"reward": batch["rewards"].float().mean(), "divergence": (policy - reference).detach().mean()}
+        if self.mode == "ipo":
+            group = batch["preferences"].shape[1]
+            grouped = (reference.view(-1, group), policy.view(-1, group), batch["preferences"].view(-1, group, group))
+            return online_ipo_loss(*grouped, beta=self.beta, count=count), metrics
+        return -(batch["advantages"] * policy).sum() / count, metrics
