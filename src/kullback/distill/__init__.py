@@ -14,12 +14,15 @@ from kullback.distill.mcmi_teacher import (
     kd_loss,
     zero_shot_distill,
 )
+from kullback.distill.mdcs import MDCSLoss, combine_experts, diversity_logits, mdcs_loss
+from kullback.distill.mdcs_classifier import MDCSClassifier
 from kullback.distill.online import OnlineDistiller, OnlineLoss
 from kullback.distill.pld import PLDLoss, pld_objective
 from kullback.distill.sinkd import SinkhornKD, sinkd_loss
 
 if TYPE_CHECKING:
     from kullback.distill._hf_mcmi import MCMITeacherTrainer
+    from kullback.distill._hf_mdcs import MDCSTrainer, TwoViews
     from kullback.distill._hf_online import OnlineDistillationTrainer, OnlineNetworks
     from kullback.distill._hf_pld import PLDTrainer
     from kullback.distill.bottleneck_regressor import CSIBRegressor
@@ -32,6 +35,9 @@ __all__ = [
     "CentroidTracker",
     "MCMISettings",
     "MCMITeacherTrainer",
+    "MDCSClassifier",
+    "MDCSLoss",
+    "MDCSTrainer",
     "OnlineDistillationTrainer",
     "OnlineDistiller",
     "OnlineLoss",
@@ -39,18 +45,22 @@ __all__ = [
     "PLDLoss",
     "PLDTrainer",
     "SinkhornKD",
+    "TwoViews",
     "balanced_kl",
     "balanced_subset",
     "bdkd_loss",
     "bdkd_teacher_loss",
     "bdkd_weights",
     "class_centroids",
+    "combine_experts",
+    "diversity_logits",
     "effective_dimension",
     "empirical_cmi",
     "fgsm",
     "finetune_teacher",
     "kd_loss",
     "mcmi_loss",
+    "mdcs_loss",
     "pgd",
     "pld_objective",
     "sinkd_loss",
@@ -61,9 +71,11 @@ __all__ = [
 _LATE = {  # what imports transformers, which takes long, or needs an extra
     "CSIBRegressor": "bottleneck_regressor",
     "MCMITeacherTrainer": "_hf_mcmi",
+    "MDCSTrainer": "_hf_mdcs",
     "OnlineDistillationTrainer": "_hf_online",
     "OnlineNetworks": "_hf_online",
     "PLDTrainer": "_hf_pld",
+    "TwoViews": "_hf_mdcs",
 }
 
 

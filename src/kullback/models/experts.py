@@ -1,0 +1,141 @@
+"""Classifiers of several experts on one trunk: parallel layers as batched products, cosine heads, and the whole.
+
+Shapes: E experts, b rows (any leading shape [...]), D features, C classes; experts come first: [E, ..., D].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kullback.core.errors import ConfigError, ShapeError
+
+__all__ = ["CosineHead", "ExpertLinear", "Experts", "MultiExpert"]
+
+
+def _rows(features: Tensor, experts: int, width: int) -> Tensor:
+    """Features of each expert as [E, n, D], from those or from shared ones [..., D]."""
+    if features.shape[-1] != width:
+        raise ShapeError(f"the layer takes {width} features and got {features.shape[-1]}")
+    if features.ndim > 2 and features.shape[0] == experts:
+        return features.reshape(experts, -1, width)
+    return features.reshape(-1, width).expand(experts, -1, width)
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer for each expert in one batched product: [E, ..., D], or [b, D] shared by all, to [E, ..., M].
+
+    Drawn as nn.Linear draws its own, from the generator given.
+
+    >>> ExpertLinear(3, 4, 2, generator=torch.Generator().manual_seed(0))(torch.ones(5, 4)).shape
+    torch.Size([3, 5, 2])
+    """
+
+    def __init__(self, experts: int, inside: int, outside: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inside)
+        self.weight = nn.Parameter(torch.empty(experts, outside, inside).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(experts, 1, outside).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, features: Tensor) -> Tensor:
+        experts, outside, inside = self.weight.shape
+        own = features.ndim > 2 and features.shape[0] == experts
+        rows = features.shape[1:-1] if own else features.shape[:-1]
+        if not own:  # one product for all: the weights of the experts one below the other
+            shared = functional.linear(features.reshape(-1, inside), self.weight.flatten(0, 1), self.bias.flatten())
+            return shared.view(-1, experts, outside).transpose(0, 1).reshape(experts, *rows, outside)
+        product = torch.baddbmm(self.bias, _rows(features, experts, inside), self.weight.transpose(1, 2))
+        return product.view(experts, *rows, outside)
+
+
+class CosineHead(nn.Module):
+    """Logits scale * cos(features, weight of the class), so between -scale and scale, for one head or for E at once.
+
+    experts: None takes [..., D] to [..., C]; a number takes [E, ..., D] to [E, ..., C]. scale: 30 in the released MDCS;
+    learn_scale: makes it a parameter. Neither the length of the features nor that of the weights matters.
+    Raises ConfigError for a scale that is not positive, ShapeError for another number of features or experts.
+
+    >>> head = CosineHead(2, 2, scale=10.0, generator=torch.Generator())
+    >>> _ = head.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    >>> head(torch.tensor([0.0, 5.0]))
+    tensor([ 0., 10.], grad_fn=<...>)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        *,
+        experts: int | None = None,
+        scale: float = 30.0,
+        learn_scale: bool = False,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        if not scale > 0.0:
+            raise ConfigError(f"scale bounds the logits of a cosine head and must be positive, got {scale}")
+        shape = (classes, features) if experts is None else (experts, classes, features)
+        self.weight = nn.Parameter(torch.randn(shape, generator=generator))
+        self.experts = experts
+        value = torch.tensor(float(scale))
+        self.scale: Tensor
+        if learn_scale:
+            self.scale = nn.Parameter(value)
+        else:
+            self.register_buffer("scale", value)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.shape[-1] != self.weight.shape[-1]:
+            raise ShapeError(f"the head takes {self.weight.shape[-1]} features and got {features.shape[-1]}")
+        if self.experts is not None and (features.ndim < 2 or features.shape[0] != self.experts):
+            raise ShapeError(f"a head of {self.experts} experts takes [{self.experts}, ..., D], got {features.shape}")
+        direction = self.scale * functional.normalize(self.weight, dim=-1)
+        rows = functional.normalize(features, dim=-1)
+        if self.experts is None:
+            return functional.linear(rows, direction)
+        logits = torch.bmm(rows.reshape(self.experts, -1, rows.shape[-1]), direction.transpose(1, 2))
+        return logits.view(*features.shape[:-1], direction.shape[1])
+
+
+class Experts(nn.Module):
+    """Any modules side by side, one after the other in time: shared features [b, ...] to [E, b, ...].
+
+    make(k) builds expert k. For linear layers `ExpertLinear` does the same in one product.
+    """
+
+    def __init__(self, make: Callable[[int], nn.Module], experts: int) -> None:
+        super().__init__()
+        if experts < 1:
+            raise ConfigError(f"there is at least one expert, got {experts}")
+        self.members = nn.ModuleList([make(index) for index in range(experts)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([member(features) for member in self.members])
+
+
+class MultiExpert(nn.Module):
+    """A shared stem, branches of E experts and their heads: "output" [b, C], "logits" [E, b, C], "features" [E, b, D].
+
+    stem: inputs to [b, ...]; branches: that to [E, b, D], such as `Experts` or `ExpertLinear`; heads: [E, b, D] to
+    [E, b, C], such as `CosineHead` with experts. "output" is the mean of the experts' plain logits, without any prior.
+
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> heads = CosineHead(8, 10, experts=3, generator=draw)
+    >>> model = MultiExpert(nn.Identity(), ExpertLinear(3, 4, 8, generator=draw), heads)
+    >>> {name: tuple(value.shape) for name, value in model(torch.ones(5, 4)).items()}
+    {'output': (5, 10), 'logits': (3, 5, 10), 'features': (3, 5, 8)}
+    """
+
+    def __init__(self, stem: nn.Module, branches: nn.Module, heads: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.branches, self.heads = stem, branches, heads
+
+    def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
+        features = self.branches(self.stem(*inputs, **named))
+        logits = self.heads(features)
+        return {"output": logits.mean(0), "logits": logits, "features": features}
