@@ -6,19 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from kullback.data.arithmetic import sum_examples
 from kullback.jobs._training import TrainingConfig
 from kullback.jobs.align import AlignConfig, ExampleConfig, MethodConfig, RewardConfig, SamplingConfig
 from kullback.models.adder import trained_adder
 
-PAIRWISE = ("dpo", "ipo", "f-dpo")
-
 
 def make_adder(root: Path) -> Path:
-    """A folder with model/ and pairs.jsonl (which has answers too)."""
+    """A folder with model/, moved/ (another model of its tokenizer) and pairs.jsonl (which has answers too)."""
     with mock.patch.dict(os.environ, KULLBACK_CACHE=str(root / "cache")):
         model = trained_adder(limit=5, copies=16, hidden=32, layers=1, heads=2, steps=300, batch=64)
     model.rename(root / "model")
+    moved = AutoModelForCausalLM.from_pretrained(root / "model")
+    with torch.no_grad():
+        moved.lm_head.weight.mul_(0.5)
+    moved.save_pretrained(root / "moved")
+    AutoTokenizer.from_pretrained(root / "model").save_pretrained(root / "moved")
     lines = [
         {"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, **e.others} for e in sum_examples(5)
     ]
@@ -29,6 +35,8 @@ def make_adder(root: Path) -> Path:
 def align_config(root: Path, **options) -> AlignConfig:
     """A job of a second."""
     method = options.pop("method", "grpo")
+    if method == "salsa":
+        options.setdefault("reference", (str(root / "model"), str(root / "moved")))
     base = AlignConfig(
         model=str(root / "model"),
         data=ExampleConfig(train=str(root / "pairs.jsonl"), holdout=0.2, length=4, validation_prompts=5),

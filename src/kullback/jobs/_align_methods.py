@@ -83,6 +83,7 @@ def _entries() -> dict[str, _Entry]:
         "f-dpg": _Entry("online", _f_dpg),
         "dph-rl": _Entry("online", _dph),
         "nash-mp": _Entry("online", _nash_mp),
+        "salsa": _Entry("online", _rloo),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kullback.align._hf import AlignTrainer, Reference, adapter_reference, frozen_reference, index_items
 from kullback.align.scored import ScoredRollouts
+from kullback.align.soup import soup_state_dict
 from kullback.core.errors import ConfigError, RewardError
 from kullback.core.runs import Run
 from kullback.jobs._align_data import Examples, collator, read_split
@@ -20,7 +21,7 @@ from kullback.jobs._align_report import METRICS, write_report
 from kullback.jobs._align_rewards import chosen_reward
 from kullback.jobs._align_validation import Validation
 from kullback.jobs._checkpoints import RunCheckpoints
-from kullback.jobs._models import add_lora, average_models, check_same_tokenizer, load_model, load_tokenizer
+from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer
 from kullback.jobs._parts import processes, quiet_elsewhere, removed_on_error, start_run, train_part
 from kullback.jobs._training import Listener, LoraSettings, TrainingConfig, training_arguments
 from kullback.jobs.align import AlignConfig, MethodConfig, RewardConfig, SamplingConfig, check
@@ -39,6 +40,7 @@ class Part:
     seed: int
     model: str
     reference: tuple[str, ...]
+    reference_weights: tuple[float, ...]
     method: MethodConfig
     reward: RewardConfig
     sampling: SamplingConfig
@@ -82,7 +84,8 @@ class Alignment:
         config = self.config
         return [
             Part(
-                seed=seed, model=config.model, reference=config.reference, method=config.method, reward=config.reward,
+                seed=seed, model=config.model, reference=config.reference,
+                reference_weights=config.reference_weights, method=config.method, reward=config.reward,
                 sampling=config.sampling, training=config.training, lora=config.lora,
             )
             for seed in config.seeds
@@ -168,6 +171,8 @@ class Alignment:
             raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
         if self.kind == "online" and self.config.sampling.group < 2:
             raise ConfigError(f"{self.config.method.name} compares completions of a prompt: set sampling.group over 1")
+        if self.config.method.name == "salsa" and len(self.config.reference) < 2:
+            raise ConfigError("salsa has the average of several fine-tuned models as reference: name two or more")
 
     def _folder(self) -> str:
         if self.config.model:
@@ -185,7 +190,11 @@ class Alignment:
             return None if self.config.lora.rank else load_model(self.folder, role="reference")
         for folder in folders:
             check_same_tokenizer(load_tokenizer(folder, role="reference"), self.tokenizer)
-        return average_models([load_model(folder, role="reference") for folder in folders])
+        models = [load_model(folder, role="reference") for folder in folders]
+        if len(models) > 1:
+            mixed = soup_state_dict([m.state_dict() for m in models], self.config.reference_weights or None)
+            models[0].load_state_dict(mixed)
+        return models[0]
 
     def reward_failed(self, run: Run) -> Any:
         """What happens when a reward fails: None stops the job, else it is told and recorded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from kullback.core.rng import generator
 
 __all__ = [
     "add_lora",
-    "average_models",
     "check_same_tokenizer",
     "check_weights",
     "load_model",
@@ -75,22 +74,6 @@ def load_tokenizer(folder: str | Path, *, role: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise DataError(f"{role} {path} has a tokenizer without an end-of-text token: set eos_token and save it again")
     return tokenizer
-
-
-def average_models(models: Sequence[Any]) -> Any:
-    """The model whose weights are the mean of theirs, in the place of the first: a soup.
-
-    Raises ShapeError when the models do not have the same tensors.
-    """
-    first, *others = (model.state_dict() for model in models)
-    for other in others:
-        if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in first.items()}:
-            raise ShapeError("models of different shapes have no average: name references of one architecture")
-    with torch.no_grad():
-        for name, tensor in first.items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.stack([tensor.double(), *(other[name].double() for other in others)]).mean(0))
-    return models[0]
 
 
 def check_weights(model: Any, *, role: str) -> None:

@@ -74,11 +74,13 @@ class AlignConfig:
     """The whole configuration of `kullback align`.
 
     model: a model directory, empty for the embedded one; reference: directories of the reference policy, none for the
-    model as it starts out, several for their average (a soup). Batches are of `training.batch` prompts or pairs.
+    model as it starts out, several for their average (a soup), with reference_weights, equal ones by default. Batches
+    are of `training.batch` prompts or pairs.
     """
 
     model: str = ""
     reference: tuple[str, ...] = ()
+    reference_weights: tuple[float, ...] = ()
     data: ExampleConfig = field(default_factory=ExampleConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -142,6 +144,10 @@ def check(config: AlignConfig) -> None:
         raise ConfigError("data was named and no model: name the model directory to align too")
     if config.model and not config.data.train:
         raise ConfigError("a model was named and no data: name a JSONL or Parquet file of prompts or pairs too")
+    if config.reference_weights and len(config.reference_weights) != len(config.reference):
+        raise ConfigError(
+            f"reference_weights are one a reference, got {len(config.reference_weights)} for {len(config.reference)}"
+        )
     if not config.seeds:
         raise ConfigError("seeds is empty: give at least one")
     if min(data.prompt_length, data.length, data.validation_prompts) < 1:

@@ -84,7 +84,7 @@ def _exact(size: int, seed: int, rows: list[dict[str, Any]]) -> dict[str, float]
 
 
 def _preferences() -> Tensor:
-    """Of 125 answers [N, N]: the sum of its tokens, modulo 3, is an answer's kind, and kinds beat each other in turn."""
+    """Of 125 answers [N, N]: the sum of its tokens, modulo 3, is an answer's kind, and each kind beats the next."""
     kinds = WORLD.sequences().sum(1) % 3
     beats = torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]], dtype=torch.float64)
     return beats[kinds.unsqueeze(1), kinds]

@@ -1,0 +1,253 @@
+"""Soups: the average of models that were fine-tuned from one ancestor, as a reference for alignment (SALSA).
+
+    theta_soup = sum_k w_k theta_k,  w on the simplex
+
+For tables of logits the soup is the geometric mixture pi_g of its parents, and with V(ref) = b log E_ref exp(R / b),
+the best value that a reference allows, and D = -log sum sqrt(p q), pi* the parents tilted by exp(R / b),
+
+    V(pi_g) = (V(pi_1) + V(pi_2)) / 2 + b (D(pi_1, pi_2) - D(pi_1*, pi_2*)):
+
+the soup is better than its parents on average where the reward brings them together. Networks are tables only as far
+as the loss between them has no barrier (`linear_connectivity`).
+
+Shapes: log-probabilities and rewards [..., N], in nats. Source: arXiv 2411.01798.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.files import atomic_directory
+
+__all__ = [
+    "Connectivity",
+    "geometric_soup",
+    "linear_connectivity",
+    "soft_value",
+    "soup",
+    "soup_gain",
+    "soup_state_dict",
+]
+
+
+def soup_state_dict(
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The weighted mean of models' tensors, taken in dtype at least and cast back; equal weights by default.
+
+    Tensors of whole numbers must be equal and are copied; a tensor that a state dict holds twice (tied weights) stays
+    one. Raises ShapeError for other names or shapes, ConfigError for weights that do not sum to one.
+
+    >>> soup_state_dict([{"a": torch.tensor([1.0])}, {"a": torch.tensor([3.0])}], [0.25, 0.75])
+    {'a': tensor([2.5000])}
+    """
+    shares = _weights(len(state_dicts), weights)
+    first = state_dicts[0]
+    _check_alike(first, state_dicts[1:])
+    made: dict[tuple[int, ...], Tensor] = {}
+    found = {}
+    for name in first:
+        parts = [state[name] for state in state_dicts]
+        same = tuple(part.data_ptr() for part in parts) if parts[0].numel() else (hash(name),)
+        if same not in made or made[same].shape != parts[0].shape:
+            made[same] = _average(name, parts, shares, dtype)
+        found[name] = made[same]
+    return found
+
+
+def _average(name: str, parts: Sequence[Tensor], shares: Sequence[float], dtype: torch.dtype) -> Tensor:
+    if not parts[0].is_floating_point():
+        if any(not torch.equal(parts[0], part) for part in parts[1:]):
+            raise ShapeError(f"{name} holds whole numbers that differ between the models: they have no average")
+        return parts[0].clone()
+    wide = torch.promote_types(parts[0].dtype, dtype)
+    total = parts[0].to(wide) * shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        total.add_(part.to(wide), alpha=share)
+    return total.to(parts[0].dtype)
+
+
+def _weights(count: int, weights: Sequence[float] | None) -> list[float]:
+    if count < 1:
+        raise ConfigError("a soup has one model at least")
+    shares = [1.0 / count] * count if weights is None else [float(weight) for weight in weights]
+    if len(shares) != count or any(not 0.0 <= share <= 1.0 for share in shares) or abs(sum(shares) - 1.0) > 1e-6:
+        raise ConfigError(f"weights are {count} shares in [0, 1] that sum to 1, one a model, got {shares}")
+    return shares
+
+
+def _check_alike(first: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> None:
+    for other in others:
+        differ = sorted(first.keys() ^ other.keys())
+        if differ:
+            raise ShapeError(f"the models differ in their tensors, as {differ[0]}: average models of one architecture")
+        for name, tensor in first.items():
+            if other[name].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)} and {tuple(other[name].shape)}"
+                raise ShapeError(f"{name} has shapes {shapes}: average models of one architecture")
+
+
+def soup(folders: Sequence[str | Path], weights: Sequence[float] | None = None, *, save_to: str | Path) -> Path:
+    """The soup of model directories as a directory of its own, shard by shard: never a whole model is held.
+
+    The directories are ones of transformers with safetensors; all but the weights is copied from the first. Raises
+    DataError for a directory without safetensors or one that is there already, ShapeError for models or vocabularies
+    that differ, ConfigError for weights.
+    """
+    from safetensors.torch import save_file
+
+    places, target = [Path(folder) for folder in folders], Path(save_to)
+    shares = _weights(len(places), weights)
+    shards = [_Shards(place) for place in places]
+    _check_alike_names(shards)
+    if target.exists():
+        raise DataError(f"{target} is there already: name another directory for the soup")
+    with atomic_directory(target) as out:
+        for path in sorted(places[0].iterdir()):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt"):
+                shutil.copy2(path, out / path.name)
+        for file, names in shards[0].files.items():
+            averaged = {}
+            for name in names:
+                parts = [shard.read(name) for shard in shards]
+                if any(part.shape != parts[0].shape for part in parts):
+                    raise ShapeError(f"{name} has another shape in one model: average models of one architecture")
+                averaged[name] = _average(name, parts, shares, torch.float32)
+            save_file(averaged, out / file, metadata={"format": "pt"})
+    return target
+
+
+class _Shards:
+    """The tensors of a model directory, by name, read one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.files: dict[str, list[str]] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                self.files.setdefault(file, []).append(name)
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                self.files["model.safetensors"] = list(file.keys())
+        else:
+            raise DataError(f"{folder} has no model.safetensors: name a directory made by save_pretrained")
+        self._open = {file: safe_open(folder / file, "pt") for file in self.files}
+        self._place = {name: file for file, names in self.files.items() for name in names}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._open[self._place[name]].get_tensor(name)
+        return tensor
+
+
+def _check_alike_names(shards: Sequence[_Shards]) -> None:
+    first = set(shards[0])
+    for other in shards[1:]:
+        differ = sorted(first ^ set(other))
+        if differ:
+            raise ShapeError(
+                f"the models differ in their tensors, as {differ[0]}: average models of one architecture, each with "
+                "its adapters merged in"
+            )
+
+
+class Connectivity(NamedTuple):
+    """Losses [A] at the shares alpha [A] of the second model, and the barrier: how far the loss rises above the chord.
+
+    connected: the barrier is at most a tenth of the mean loss at both ends.
+    """
+
+    alphas: Tensor
+    losses: Tensor
+    barrier: float
+    connected: bool
+
+
+@torch.no_grad()
+def linear_connectivity(
+    first: torch.nn.Module,
+    second: torch.nn.Module,
+    loss: Callable[[Any], float],
+    *,
+    alphas: Sequence[float] | None = None,
+) -> Connectivity:
+    """The loss along the straight line between two models; both are left as they were.
+
+    loss: of a model, called with `first` holding the mixed weights. Raises ShapeError for models that do not match.
+    """
+    shares = [place / 10 for place in range(11)] if alphas is None else list(alphas)
+    if not shares or any(not 0.0 <= share <= 1.0 for share in shares):
+        raise ConfigError(f"alphas are shares in [0, 1], got {shares}")
+    ends = [{name: x.detach().clone() for name, x in model.state_dict().items()} for model in (first, second)]
+    _check_alike(ends[0], ends[1:])
+    found = []
+    try:
+        for share in shares:
+            first.load_state_dict(soup_state_dict(ends, [1.0 - share, share]))
+            found.append(float(loss(first)))
+    finally:
+        first.load_state_dict(ends[0])
+    line, losses = torch.tensor(shares, dtype=torch.float64), torch.tensor(found, dtype=torch.float64)
+    low, high = losses[line.argmin()], losses[line.argmax()]
+    span = (line.max() - line.min()).clamp(min=1e-12)
+    chord = low + (high - low) * (line - line.min()) / span
+    barrier = (losses - chord).max().item()
+    return Connectivity(line, losses, barrier, barrier <= 0.1 * (0.5 * (low + high)).abs().item())
+
+
+def geometric_soup(log_parents: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """The normalised geometric mixture of parents [..., N]: the soup of tables of logits.
+
+    >>> a, b = (torch.tensor(x).log() for x in ((0.5, 0.3, 0.2), (0.2, 0.5, 0.3)))
+    >>> geometric_soup([a, b]).exp()
+    tensor([0.3334, 0.4083, 0.2583])
+    """
+    shares = _weights(len(log_parents), weights)
+    total = sum(share * log_parent for share, log_parent in zip(shares, log_parents, strict=True))
+    return torch.as_tensor(total).log_softmax(-1)
+
+
+def soft_value(
+    log_reference: Tensor, rewards: Tensor, *, beta: float, log_proposal: Tensor | None = None
+) -> Tensor:
+    """V = b log E_ref exp(R / b), what the best policy with a KL to this reference attains; [..., N] to [...].
+
+    Exact over the last dimension, or with log_proposal an importance-weighted mean over samples of that law.
+    """
+    _check_beta(beta)
+    scores = log_reference + rewards / beta
+    if log_proposal is None:
+        return beta * scores.logsumexp(-1)
+    return beta * ((scores - log_proposal).logsumexp(-1) - math.log(scores.shape[-1]))
+
+
+def soup_gain(log_first: Tensor, log_second: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """How much the equal-weight geometric soup attains above the mean of its parents, [..., N] to [...]; may be < 0."""
+    _check_beta(beta)
+    tilted = [(parent + rewards / beta).log_softmax(-1) for parent in (log_first, log_second)]
+    return beta * (_bhattacharyya(log_first, log_second) - _bhattacharyya(*tilted))
+
+
+def _bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return -(0.5 * (log_p + log_q)).logsumexp(-1)
+
+
+def _check_beta(beta: float) -> None:
+    if not (beta > 0.0 and math.isfinite(beta)):
+        raise ConfigError(f"beta is positive and finite, not {beta}")

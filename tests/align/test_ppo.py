@@ -1,0 +1,76 @@
+"""PPO's parts against sums written out, and the limits in which they are something simpler."""
+
+import math
+
+import pytest
+import torch
+
+from kullback.align.ppo import clipped_value_loss, generalised_advantages, shaped_rewards
+from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.rng import generator
+
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+
+
+def drawn(name, count=1):
+    draw = generator(0, name)
+    return [torch.randn(3, 4, generator=draw, dtype=torch.float64) for _ in range(count)]
+
+
+def test_rewards_of_tokens_sum_to_the_completion():
+    reference, policy = drawn("log-probs", 2)
+    rewards = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found = shaped_rewards(reference, policy, rewards, MASK, beta=0.3)
+    gap = torch.where(MASK, policy - reference, 0.0).sum(1)
+    torch.testing.assert_close(found.sum(1), rewards - 0.3 * gap)
+    assert (found[~MASK] == 0).all()
+    assert found[1, 0].item() == pytest.approx(-2.0 - 0.3 * (policy - reference)[1, 0].item())
+
+
+@pytest.mark.parametrize(("gamma", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0)])
+def test_advantages_are_the_sum_that_defines_them(gamma, trace):
+    rewards, values = drawn("rewards", 2)
+    found, returns = generalised_advantages(rewards, values, MASK, gamma=gamma, trace=trace)
+    for row in range(3):
+        length = int(MASK[row].sum())
+        for t in range(4):
+            exact = 0.0
+            for k in range(t, length):
+                following = values[row, k + 1].item() if k + 1 < length else 0.0
+                surprise = rewards[row, k].item() + gamma * following - values[row, k].item()
+                exact += (gamma * trace) ** (k - t) * surprise
+            assert found[row, t].item() == pytest.approx(exact if t < length else 0.0, abs=1e-12)
+    torch.testing.assert_close(returns, torch.where(MASK, found + values, 0.0))
+
+
+def test_padding_and_what_stands_in_it_change_nothing():
+    rewards, values = drawn("rewards", 2)
+    found, _ = generalised_advantages(rewards, values, MASK)
+    rewards[~MASK], values[~MASK] = math.nan, math.nan
+    again, _ = generalised_advantages(rewards, values, MASK)
+    assert torch.equal(found, again)
+    short, _ = generalised_advantages(rewards[:, :3], values[:, :3], MASK[:, :3])
+    torch.testing.assert_close(short[:2], found[:2, :3])
+
+
+def test_the_critic_gains_nothing_beyond_the_clip():
+    values = torch.tensor([[0.5]], requires_grad=True)
+    one = torch.ones(1, 1)
+    beyond = clipped_value_loss(values, torch.zeros(1, 1), 2 * one, one, clip=0.2)
+    assert beyond.item() == pytest.approx(0.5 * 1.8**2)
+    assert torch.autograd.grad(beyond, values)[0].item() == 0.0
+    free = clipped_value_loss(values, torch.zeros(1, 1), 2 * one, one, clip=math.inf)
+    assert free.item() == pytest.approx(0.5 * 1.5**2)
+    assert torch.autograd.grad(free, values)[0].item() == pytest.approx(-1.5)
+
+
+def test_bad_input():
+    one = torch.ones(1, 2)
+    with pytest.raises(ShapeError, match="alike"):
+        generalised_advantages(one, torch.ones(1, 3), one)
+    with pytest.raises(ShapeError, match="one a completion"):
+        shaped_rewards(one, one, torch.ones(2), one, beta=0.1)
+    with pytest.raises(ConfigError, match="trace"):
+        generalised_advantages(one, one, one, trace=1.5)
+    with pytest.raises(ConfigError, match="clip"):
+        clipped_value_loss(one, one, one, one, clip=0.0)
