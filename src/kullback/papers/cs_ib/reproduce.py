@@ -1,0 +1,185 @@
+"""CS-IB (arXiv 2404.17951) in small: perceptrons with one bottleneck, trained by four objectives, under attack.
+
+Diabetes: 442 patients. Friedman-1: 700 samples with Student-t noise of two degrees of freedom. Inputs and targets are
+standardised. All networks of a seed begin alike and see the same batches: squared error (MSE), the same with early
+stopping, the variational bottleneck (VIB), and Cauchy-Schwarz with several weights on compression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kullback.core.rng import generator
+from kullback.core.runs import Run
+from kullback.core.types import Report
+from kullback.distill.bottleneck import Bottleneck, BottleneckOutput, CSIBLoss, fgsm, pgd
+from kullback.divergences.cauchy_schwarz_samples import cs_qmi_normalized
+
+__all__ = ["draw", "reproduce"]
+
+HIDDEN, WIDTH, RATE, EPOCHS, BATCH = 128, 16, 1e-3, 80, 128
+ATTACKS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)  # strengths of FGSM
+BETAS = (0.0, 0.01, 0.1, 0.5)
+VIB_WEIGHT = 1e-2
+METHODS = ("MSE", "MSE, early", "VIB", *(f"CS-IB {beta:g}" for beta in BETAS))
+Objective = Callable[[Tensor, Tensor, BottleneckOutput], Tensor]
+
+
+class Table(NamedTuple):
+    """Standardised inputs [n, d] and targets [n]: to train on, to stop early by, to test on."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def tables(seed: int) -> dict[str, Table]:
+    """Both data sets, split 70 to 30 by the seed; a tenth of all rows is taken from the training part to stop by."""
+    from sklearn.datasets import load_diabetes
+
+    rows, disease = load_diabetes(return_X_y=True)
+    source = generator(seed, "friedman")
+    points = torch.rand(700, 10, generator=source, dtype=torch.float64)
+    waves = 10 * torch.sin(math.pi * points[:, 0] * points[:, 1]) + 20 * (points[:, 2] - 0.5).square()
+    normal, chi = torch.randn(3, 700, generator=source, dtype=torch.float64).split((1, 2))
+    noise = normal[0] / (chi.square().sum(0) / 2).sqrt()
+    found = {
+        "diabetes": (torch.from_numpy(rows), torch.from_numpy(disease)),
+        "friedman": (points, waves + 10 * points[:, 3] + 5 * points[:, 4] + noise),
+    }
+    return {name: _split(x, y, generator(seed, "split", name)) for name, (x, y) in found.items()}
+
+
+def _split(x: Tensor, y: Tensor, source: torch.Generator) -> Table:
+    order = torch.randperm(len(x), generator=source)
+    n, held = int(0.7 * len(x)), len(x) // 10
+    train = order[:n]
+    x = (x - x[train].mean(0)) / x[train].std(0, correction=0)
+    y = (y - y[train].mean()) / y[train].std(correction=0)
+    parts = train, train[-held:], order[n:]
+    return Table(*((x[rows].float(), y[rows].float()) for rows in parts))
+
+
+def mse(x: Tensor, y: Tensor, out: BottleneckOutput) -> Tensor:
+    return (out.prediction.squeeze(1) - y).square().mean()
+
+
+def vib(x: Tensor, y: Tensor, out: BottleneckOutput) -> Tensor:
+    """Squared error behind a noisy representation, and its KL from the standard normal."""
+    if out.log_variance is None:
+        raise RuntimeError("the variational bottleneck has a variance")
+    kl = 0.5 * (out.mean.square() + out.log_variance.exp() - out.log_variance - 1).sum(1)
+    return mse(x, y, out) + VIB_WEIGHT * kl.mean()
+
+
+def cs_ib(x: Tensor, y: Tensor, out: BottleneckOutput, *, loss: CSIBLoss) -> Tensor:
+    return loss(x, y, out.prediction, out.representation)["loss"]
+
+
+def fit(table: Table, objective: Objective, seed: int, *, stochastic: bool = False, early: bool = False) -> Bottleneck:
+    """EPOCHS of Adam; with early, on the rows that are not held out, and back to the epoch that was best on those."""
+    x, y = table.train
+    if early:
+        kept = len(y) - len(table.held_out[1])
+        x, y = x[:kept], y[:kept]
+    source = generator(seed, "network")
+    network = Bottleneck(x.shape[1], hidden=HIDDEN, k=WIDTH, stochastic=stochastic, generator=source)
+    optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+    batches, noise = generator(seed, "batches"), generator(seed, "noise")
+    best, weights = math.inf, network.state_dict()
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(y), generator=batches).tensor_split(max(round(len(y) / BATCH), 1)):
+            optimizer.zero_grad()
+            objective(x[rows], y[rows], network(x[rows], noise)).backward()
+            optimizer.step()
+        if early and (error := rmse(network, *table.held_out)) < best:
+            best, weights = error, {name: value.clone() for name, value in network.state_dict().items()}
+    if early:
+        network.load_state_dict(weights)
+    return network
+
+
+def predicted(network: Bottleneck, x: Tensor) -> Tensor:
+    return network(x).prediction.squeeze(1)
+
+
+@torch.no_grad()
+def rmse(network: Bottleneck, x: Tensor, y: Tensor) -> float:
+    """The root of the mean squared error in deviations of the target."""
+    return (predicted(network, x) - y).square().mean().sqrt().item()
+
+
+def measured(network: Bottleneck, table: Table) -> dict[str, Any]:
+    """Errors on the test rows, clean and attacked, and where the training rows lie in the information plane."""
+    x, y = table.test
+    model = partial(predicted, network)
+    errors = {f"fgsm {eps:g}": rmse(network, fgsm(model, x, y, eps=eps), y) for eps in ATTACKS}
+    errors["pgd 0.3"] = rmse(network, pgd(model, x, y, eps=0.3, alpha=0.05, steps=5), y)
+    with torch.no_grad():
+        seen, t = table.train[0], network(table.train[0]).representation
+        widths = math.sqrt(seen.shape[1]), math.sqrt(t.shape[1])
+        compression = cs_qmi_normalized(seen, t, sigma_x=widths[0], sigma_t=widths[1]).item()
+    relevance = -math.log2(rmse(network, *table.test))  # half the logarithm of variance over squared error
+    return {"compression": compression, "relevance": relevance, **errors}
+
+
+def reproduce(run: Run) -> Report:
+    """One seed: both tables, a network for each method."""
+    rows: list[dict[str, Any]] = []
+    for name, table in tables(run.seed).items():
+        fits: dict[str, Bottleneck] = {
+            "MSE": fit(table, mse, run.seed),
+            "MSE, early": fit(table, mse, run.seed, early=True),
+            "VIB": fit(table, vib, run.seed, stochastic=True),
+        }
+        for beta in BETAS:
+            fits[f"CS-IB {beta:g}"] = fit(table, partial(cs_ib, loss=CSIBLoss(beta=beta)), run.seed)
+        rows += [{"data": name, "method": method, **measured(network, table)} for method, network in fits.items()]
+        run.event(name, **{row["method"]: row["fgsm 0"] for row in rows if row["data"] == name})
+
+    def error(data: str, method: str, attack: str) -> float:
+        (found,) = (row[attack] for row in rows if row["data"] == data and row["method"] == method)
+        return float(found)
+
+    ours, clean, attack = "CS-IB 0.01", "fgsm 0", "fgsm 0.3"
+    metrics = {
+        "rmse_ratio_mse": error("diabetes", ours, clean) / error("diabetes", "MSE", clean),
+        "rmse_ratio_mse_early": error("diabetes", ours, clean) / error("diabetes", "MSE, early", clean),
+        "rmse_minus_vib": error("diabetes", ours, clean) - error("diabetes", "VIB", clean),
+        "attacked_ratio_mse_diabetes": error("diabetes", ours, attack) / error("diabetes", "MSE", attack),
+        "attacked_ratio_mse_friedman": error("friedman", ours, attack) / error("friedman", "MSE", attack),
+        "attacked_ratio_vib_diabetes": error("diabetes", ours, attack) / error("diabetes", "VIB", attack),
+        "attacked_ratio_early_diabetes": error("diabetes", ours, attack) / error("diabetes", "MSE, early", attack),
+    }
+    return Report(metrics=metrics, rows=rows)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Error against the strength of the attack on both tables, and the information plane of diabetes."""
+    from kullback.figures import figure
+
+    def values(data: str, method: str, key: str) -> Tensor:
+        return torch.tensor([row[key] for row in rows if row["data"] == data and row["method"] == method])
+
+    with figure(path, columns=3, size=(3.8, 3.4)) as (diabetes, friedman, plane):
+        for axes, data in ((diabetes, "diabetes"), (friedman, "friedman")):
+            for color, method in enumerate(METHODS):
+                means = [values(data, method, f"fgsm {eps:g}").mean().item() for eps in ATTACKS]
+                style = "--" if method.startswith("MSE") else "-"
+                axes.plot(ATTACKS, means, style, marker="o", markersize=3, color=f"C{color}", label=method)
+            axes.set(xlabel="strength of FGSM (deviations of an input)", title=f"{data}: mean over seeds")
+        diabetes.set_ylabel("test RMSE (deviations of the target)")
+        for color, method in enumerate(METHODS):
+            at = [values("diabetes", method, key) for key in ("compression", "relevance")]
+            plane.plot(*at, ".", color=f"C{color}", alpha=0.4)
+            plane.plot(at[0].mean(), at[1].mean(), "s", color=f"C{color}", label=method)
+        plane.set(xlabel="I(x; t), normalised", ylabel="I(y; t) on test rows (bits)")
+        plane.set_title("diabetes: information plane")
+        plane.legend(frameon=False, fontsize=7)
