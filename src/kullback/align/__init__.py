@@ -29,6 +29,7 @@ from kullback.align.f_dpo import (
     paper_divergence,
     preference_metrics,
 )
+from kullback.align.frontier import FrontierEstimate, FrontierEstimator
 from kullback.align.grpo import Grpo
 from kullback.align.implicit import (
     FSFT,
@@ -56,6 +57,13 @@ from kullback.align.measures import (
     sampled_divergence,
     self_similarity,
     token_entropy,
+)
+from kullback.align.memoryless import (
+    BestOfNGap,
+    MemorylessAlignment,
+    RateFunction,
+    renyi_cross_entropy,
+    reward_rate_function,
 )
 from kullback.align.methods import Method, OnlineMethod, Preference, StatefulMethod, Supervised
 from kullback.align.nash import (
@@ -100,10 +108,25 @@ from kullback.align.rewards import (
 )
 from kullback.align.rollouts import Rollouts, join_rollouts, pad_left, sample_rollouts
 from kullback.align.scored import ScoredRollouts
+from kullback.align.tradeoff import (
+    Frontier,
+    TiltSolution,
+    alignment_gap,
+    best_of_n_kl,
+    best_of_n_kl_estimate,
+    best_of_n_kl_upper,
+    best_of_n_mean,
+    kl_reward_frontier,
+    largest_kl,
+    log_partition,
+    solve_tilt_for_kl,
+    tilt,
+)
 
 __all__ = [
     "FSFT",
     "ArithmeticReward",
+    "BestOfNGap",
     "DifficultyFilter",
     "Dph",
     "ExactReward",
@@ -113,8 +136,12 @@ __all__ = [
     "FSFTOutput",
     "FilteredBatch",
     "FilteredSource",
+    "Frontier",
+    "FrontierEstimate",
+    "FrontierEstimator",
     "Grpo",
     "Matching",
+    "MemorylessAlignment",
     "Method",
     "ModelReward",
     "NashPolicy",
@@ -126,6 +153,7 @@ __all__ = [
     "PatternReward",
     "Preference",
     "PreferenceGame",
+    "RateFunction",
     "RegularisedPolicy",
     "RehearsalBuffer",
     "Rollouts",
@@ -134,9 +162,15 @@ __all__ = [
     "StarvationWarning",
     "StatefulMethod",
     "Supervised",
+    "TiltSolution",
     "TokenLogProbs",
     "acceptance_probability",
+    "alignment_gap",
     "arithmetic_value",
+    "best_of_n_kl",
+    "best_of_n_kl_estimate",
+    "best_of_n_kl_upper",
+    "best_of_n_mean",
     "clipped_policy_loss",
     "clipped_share",
     "completion_log_probs",
@@ -158,9 +192,12 @@ __all__ = [
     "implicit_reward_accuracy",
     "join_rollouts",
     "judged",
+    "kl_reward_frontier",
     "kl_to_optimum",
+    "largest_kl",
     "leave_one_out_baseline",
     "load_reward",
+    "log_partition",
     "log_probs_from_hidden",
     "log_probs_from_logits",
     "matching_divergence",
@@ -190,14 +227,18 @@ __all__ = [
     "rehearsal_divergence",
     "rehearsal_loss",
     "rehearse",
+    "renyi_cross_entropy",
+    "reward_rate_function",
     "sample_rollouts",
     "sampled_divergence",
     "score",
     "self_play",
     "self_similarity",
     "sequence_log_probs",
+    "solve_tilt_for_kl",
     "span_seminorm",
     "target_divergence",
+    "tilt",
     "token_entropy",
     "variance_bound",
     "visited_penalty",

@@ -1,0 +1,368 @@
+"""How much reward a KL buys: the exact frontier, how far a policy is from it, and where best of n lies.
+
+With p the reference, r the reward and beta the factor of the reward (RLHF's coefficient of the KL is 1 / beta):
+
+    optimum      phi_b = p exp(b r) / Z(b),  L(b) = log Z(b),  E_b r = L'(b),  KL(phi_b||p) = b L'(b) - L(b)
+    slopes       d KL / d b = b Var_b r,  d E r / d KL = 1 / b;  at KL = -log p(best) it ends, b = inf
+    gap          KL(phi||phi_b) = KL(phi||p) - KL(phi_b||p) + b (E_b r - E_phi r)  for any phi
+
+Best of n draws has KL at most log n - (n - 1)/n, and exactly that only for rewards without ties; its law is
+`best_of_n_law` in worlds.py, the optimum at one coefficient `regularised_optimum`.
+
+Source: Yang et al. 2024 (arXiv 2404.01730); Beirami et al. 2024 (arXiv 2401.01879) for the estimate of best of n's KL.
+Shapes: log-probabilities and rewards [..., N] over outcomes, prompts first; nats; computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kullback.align.worlds import best_of_n_law
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.divergences import kl
+
+__all__ = [
+    "Frontier",
+    "TiltSolution",
+    "alignment_gap",
+    "best_of_n_kl",
+    "best_of_n_kl_estimate",
+    "best_of_n_kl_upper",
+    "best_of_n_mean",
+    "kl_reward_frontier",
+    "largest_kl",
+    "log_partition",
+    "solve_tilt_for_kl",
+    "tilt",
+]
+
+_BLOCK = 1 << 16  # numbers that are solved for together: they stay in the cache from one step to the next
+
+
+class TiltSolution(NamedTuple):
+    """An optimum: beta, KL to the reference and mean reward [...], log-probabilities log_policy [..., N]."""
+
+    beta: Tensor
+    log_policy: Tensor
+    kl: Tensor
+    reward: Tensor
+
+
+class Frontier(NamedTuple):
+    """The best reward at each KL, [..., G] over a grid of beta [G]: slope is d reward / d KL = 1 / beta."""
+
+    beta: Tensor
+    kl: Tensor
+    reward: Tensor
+    slope: Tensor
+
+
+def _checked(log_reference: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [..., N] in float64; outcomes that the reference never has get the lowest reward, so that none matters."""
+    try:
+        log_p, r = torch.broadcast_tensors(log_reference.detach().double(), reward.detach().double())
+    except RuntimeError:
+        shapes = f"{tuple(log_reference.shape)} and {tuple(reward.shape)}"
+        raise ShapeError(f"log-probabilities and rewards are both [..., N], got {shapes}") from None
+    if log_p.ndim == 0 or log_p.shape[-1] == 0:
+        raise ShapeError("log-probabilities and rewards are over at least one outcome, got none")
+    total = log_p.logsumexp(-1)
+    if not bool((total.abs() <= 1e-6).all()):
+        worst = total.flatten()[(total.abs().nan_to_num(nan=math.inf)).argmax()]
+        raise DataError(f"the reference does not sum to 1 (its log-sum is {worst:.2g}): take log_softmax of its logits")
+    held = log_p > -math.inf
+    if not bool(r.masked_fill(~held, 0.0).isfinite().all()):
+        raise DataError("a reward of an outcome that the reference can have is not finite: score it again or mask it")
+    lowest = r.masked_fill(~held, math.inf).amin(-1, keepdim=True)
+    return log_p, torch.where(held, r, lowest)
+
+
+def _checked_beta(beta: float | Tensor, like: Tensor) -> Tensor:
+    value = torch.as_tensor(beta, dtype=torch.float64, device=like.device)
+    if bool(value.isnan().any()):
+        raise ConfigError("beta is not a number: it multiplies the reward, and may be infinite")
+    return value
+
+
+def log_partition(log_reference: Tensor, reward: Tensor, beta: float | Tensor) -> Tensor:
+    """log E_p exp(beta r), [..., N] to [...]; beta finite, one or broadcast to [...].
+
+    >>> log_partition(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]), 1.0)
+    tensor(0.6201, dtype=torch.float64)
+    """
+    log_p, r = _checked(log_reference, reward)
+    factor = _checked_beta(beta, log_p)
+    if bool(factor.isinf().any()):
+        raise ConfigError("log E exp(beta r) has no value at an infinite beta: take largest_kl for that end")
+    return (log_p + factor.unsqueeze(-1) * r).logsumexp(-1)
+
+
+def tilt(log_reference: Tensor, reward: Tensor, beta: float | Tensor) -> Tensor:
+    """The optimum p exp(beta r) / Z: log-probabilities [..., N]; beta one or [...], of any sign, infinite as well.
+
+    At beta = inf it is p among the outcomes of the largest reward. Raises ShapeError, DataError for a reference that
+    does not sum to 1 within 1e-6 or a reward that is not finite.
+
+    >>> tilt(torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([1.0, 1.0, 0.0]), math.inf).exp()
+    tensor([0.6250, 0.3750, 0.0000], dtype=torch.float64)
+    """
+    log_p, r = _checked(log_reference, reward)
+    return _tilted(log_p, r, _checked_beta(beta, log_p).expand(log_p.shape[:-1]))
+
+
+def _tilted(log_p: Tensor, r: Tensor, beta: Tensor) -> Tensor:
+    factor = beta.unsqueeze(-1)
+    ends = factor.isinf()
+    if not bool(ends.any()):
+        return (log_p + factor * r).log_softmax(-1)
+    sign = torch.where(factor > 0, 1.0, -1.0)
+    best = sign * r == (sign * r).masked_fill(log_p == -math.inf, -math.inf).amax(-1, keepdim=True)
+    finite = torch.where(ends, 0.0, factor)
+    return torch.where(ends & ~best, -math.inf, log_p + finite * r).log_softmax(-1)
+
+
+def largest_kl(log_reference: Tensor, reward: Tensor) -> Tensor:
+    """-log of the reference's mass on the largest reward, [..., N] to [...]: no more KL buys anything.
+
+    >>> largest_kl(torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), torch.tensor([0.0, 1.0, 2.0, 4.0]))
+    tensor(2.3026, dtype=torch.float64)
+    """
+    return _largest(*_checked(log_reference, reward))
+
+
+def _largest(log_p: Tensor, r: Tensor) -> Tensor:
+    top = r.amax(-1, keepdim=True)
+    return -log_p.masked_fill(r < top, -math.inf).logsumexp(-1).clamp(max=0.0)
+
+
+def _moments(log_p: Tensor, r: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, mean and variance of r under the tilt, [B, N] to [B], with r <= 0 whose maximum is 0."""
+    logits = torch.addcmul(log_p, beta.unsqueeze(1), r)
+    top = logits.amax(1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(1)
+    weighted = weights.mul_(r)
+    mean = weighted.sum(1) / total
+    # r is at most 0 and 0 at its best, so that squares about 0 lose nothing where the tilt has gone to its end
+    variance = (torch.linalg.vecdot(weighted, r) / total - mean.square()).clamp_(min=0.0)
+    return (beta * mean - top.squeeze(1) - total.log()).clamp_(min=0.0), mean, variance
+
+
+def _root(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
+    """beta [B] with KL = delta in (0, limit): Newton's method on a scale that bends little, within a bracket.
+
+    sqrt(-log(1 - KL / limit)) is linear in beta near 0 and grows like its square root at the end.
+    """
+
+    def bent(value: Tensor) -> Tensor:
+        return (-torch.log1p(-value / limit)).sqrt()
+
+    wanted = bent(delta)
+    low, high = torch.zeros_like(delta), torch.full_like(delta, math.inf)
+    variance = _moments(log_p, r, low)[2]
+    beta = (2.0 * delta / variance).sqrt()
+    for _ in range(200):
+        found, _, variance = _moments(log_p, r, beta)
+        excess = found - delta
+        done = excess.abs() <= tolerance * delta.clamp(max=1.0) + 4e-16
+        if bool((done | (low >= (1.0 - 4e-16) * high)).all()):
+            break
+        low, high = torch.where(excess < 0, beta, low), torch.where(excess > 0, beta, high)
+        inside = found.minimum(limit * (1.0 - 1e-15))
+        scale = bent(inside)
+        slope = beta * variance / (2.0 * scale * (limit - inside))
+        proposed = beta - (scale - wanted) / slope
+        between = torch.where(high.isinf(), 2.0 * beta, 0.5 * (low + high))
+        within = (proposed > low) & (proposed < high) & proposed.isfinite()
+        beta = torch.where(done, beta, torch.where(within, proposed, between))
+    return beta
+
+
+def solve_tilt_for_kl(
+    log_reference: Tensor,
+    reward: Tensor,
+    delta: float | Tensor,
+    *,
+    constraint: Literal["per_prompt", "average"] = "per_prompt",
+    tolerance: float = 1e-12,
+) -> TiltSolution:
+    """The largest mean reward within a KL of delta to the reference: the tilt of that KL, batched over prompts.
+
+    "per_prompt": every prompt has its own beta for its delta ([...] or one). "average": one beta for all, such that
+    the KL averages to one delta. From the largest KL on, beta is inf. Raises ConfigError for delta < 0, and what
+    `tilt` raises.
+
+    >>> p, r = torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    >>> solution = solve_tilt_for_kl(p, r, 0.5)
+    >>> solution.beta, solution.reward
+    (tensor(0.6390, dtype=torch.float64), tensor(2.3940, dtype=torch.float64))
+    """
+    log_p, r = _checked(log_reference, reward)
+    shape = log_p.shape[:-1]
+    budget = torch.as_tensor(delta, dtype=torch.float64, device=log_p.device)
+    if not bool((budget >= 0.0).all()):
+        raise ConfigError(f"a KL budget delta is 0 or more, got {budget.min().item():g}")
+    if constraint not in ("per_prompt", "average"):
+        raise ConfigError(f"constraint is per_prompt or average, not {constraint!r}")
+    flat, rewards = log_p.reshape(-1, log_p.shape[-1]), (r - r.amax(-1, keepdim=True)).reshape(-1, r.shape[-1])
+    limit = _largest(flat, rewards)
+    if constraint == "average":
+        if budget.ndim:
+            raise ConfigError("constraint='average' takes one delta for all prompts")
+        beta = _shared_root(flat, rewards, budget, limit, tolerance).expand(shape)
+    else:
+        beta = _roots(flat, rewards, budget.expand(shape).reshape(-1), limit, tolerance).view(shape)
+    log_policy = _tilted(log_p, r, beta)
+    return TiltSolution(beta, log_policy, kl(log_policy, log_p), (log_policy.exp() * r).sum(-1))
+
+
+def _roots(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
+    beta = torch.zeros_like(delta).masked_fill(delta >= limit, math.inf)
+    rows = max(1, _BLOCK // log_p.shape[1])
+    for begin in range(0, len(delta), rows):
+        block = slice(begin, begin + rows)
+        open_ = ((delta[block] > 0) & (delta[block] < limit[block])).nonzero().squeeze(1) + begin
+        if len(open_):
+            beta[open_] = _root(log_p[open_], r[open_], delta[open_], limit[open_], tolerance)
+    return beta
+
+
+def _shared_root(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
+    """One beta for all prompts, by Newton's method on the square root of the mean KL, within a bracket."""
+    if delta >= limit.mean():
+        return torch.full_like(delta, math.inf)
+    if delta == 0:
+        return torch.zeros_like(delta)
+
+    def average(at: Tensor) -> tuple[Tensor, Tensor]:
+        rows = max(1, _BLOCK // log_p.shape[1])
+        parts = [_moments(a, b, at.expand(len(a))) for a, b in zip(log_p.split(rows), r.split(rows), strict=True)]
+        return torch.cat([part[0] for part in parts]).mean(), torch.cat([part[2] for part in parts]).mean()
+
+    low, high = torch.zeros_like(delta), torch.full_like(delta, math.inf)
+    beta = (2.0 * delta / average(low)[1]).sqrt()
+    for _ in range(200):
+        found, variance = average(beta)
+        if (found - delta).abs() <= tolerance * min(1.0, float(delta)) + 4e-16 or low >= (1.0 - 4e-16) * high:
+            break
+        low, high = (beta, high) if found < delta else (low, beta)
+        root = found.sqrt()
+        proposed = beta - (root - delta.sqrt()) * 2.0 * root / (beta * variance)
+        between = 2.0 * beta if high.isinf() else 0.5 * (low + high)
+        beta = proposed if bool(low < proposed) and bool(proposed < high) else between
+    return beta
+
+
+def kl_reward_frontier(log_reference: Tensor, reward: Tensor, betas: Tensor) -> Frontier:
+    """KL and mean reward of the optimum [..., G] at each beta [G], one prompt after the other.
+
+    >>> p, r = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0])
+    >>> kl_reward_frontier(p, r, torch.tensor([0.0, 1.0])).reward
+    tensor([0.5000, 0.7311], dtype=torch.float64)
+    """
+    log_p, r = _checked(log_reference, reward)
+    grid = _checked_beta(betas, log_p)
+    if grid.ndim != 1:
+        raise ShapeError(f"betas are a grid [G], got {tuple(grid.shape)}")
+    shape = log_p.shape[:-1]
+    flat, rewards = log_p.reshape(-1, log_p.shape[-1]), r.reshape(-1, r.shape[-1])
+    kls, means = torch.empty(2, len(flat), len(grid), dtype=torch.float64, device=flat.device)
+    for place, beta in enumerate(grid):
+        log_policy = _tilted(flat, rewards, beta.expand(len(flat)))
+        kls[:, place], means[:, place] = kl(log_policy, flat), (log_policy.exp() * rewards).sum(-1)
+    return Frontier(grid, kls.view(*shape, -1), means.view(*shape, -1), 1.0 / grid)
+
+
+def alignment_gap(
+    log_reference: Tensor,
+    reward: Tensor,
+    policy_kl: float | Tensor,
+    policy_reward: float | Tensor,
+    *,
+    beta: float | Tensor | None = None,
+    delta: float | Tensor | None = None,
+) -> Tensor:
+    """KL(policy||optimum) of any policy from its KL to the reference and its mean reward alone, [...].
+
+    The optimum is that of `beta`, or of the KL `delta`; by default of the policy's own KL, and then it is beta times
+    the reward that is left on the table. Raises ConfigError for both, or where that beta is infinite.
+
+    >>> p, r = torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), torch.tensor([0.0, 1.0, 2.0, 4.0])
+    >>> alignment_gap(p, r, 0.5764189575, 2.30889375)  # best of 4
+    tensor(0.1373, dtype=torch.float64)
+    """
+    if beta is not None and delta is not None:
+        raise ConfigError("the optimum to compare with has one beta or one delta, and both were given")
+    spent = torch.as_tensor(policy_kl, dtype=torch.float64, device=log_reference.device)
+    earned = torch.as_tensor(policy_reward, dtype=torch.float64, device=log_reference.device)
+    if beta is None:
+        beta = solve_tilt_for_kl(log_reference, reward, spent if delta is None else delta).beta
+    factor = _checked_beta(beta, log_reference)
+    if bool(factor.isinf().any()):
+        raise ConfigError("beyond the largest KL the optimum has an infinite beta, and no gap to it is finite")
+    # KL(phi_b||p) - b E_b r = -log Z(b)
+    return spent + log_partition(log_reference, reward, factor) - factor * earned
+
+
+def best_of_n_kl(log_reference: Tensor, reward: Tensor, n: float, *, tie_tolerance: float = 0.0) -> Tensor:
+    """KL of the best of n draws to the reference, exactly, ties included: [..., N] to [...].
+
+    >>> best_of_n_kl(torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), torch.tensor([0.0, 1.0, 2.0, 4.0]), 4)
+    tensor(0.5764, dtype=torch.float64)
+    """
+    log_p, r = _checked(log_reference, reward)
+    return kl(best_of_n_law(log_p, r, n, tie_tolerance=tie_tolerance), log_p)
+
+
+def best_of_n_kl_upper(n: float | Tensor) -> Tensor:
+    """log n - (n - 1)/n, the most that the KL of best of n can be; ConfigError for n below 1.
+
+    >>> best_of_n_kl_upper(4)
+    tensor(0.6363, dtype=torch.float64)
+    """
+    value = torch.as_tensor(n, dtype=torch.float64)
+    if not bool((value >= 1.0).all()):
+        raise ConfigError(f"best of n takes n of 1 or more, got {value.min().item():g}")
+    return value.log() - (value - 1.0) / value
+
+
+def best_of_n_kl_estimate(probabilities: Tensor, n: float | Tensor) -> Tensor:
+    """An estimate of best of n's KL from the reference's probability e in (0, 1] of each selected output, [...].
+
+    (1-e)^n [log n + (n-1) log(1-e) - (n-1)/n] + (1 - (1-e)^n) log((1 - (1-e)^n)/e): average it over prompts. It goes
+    to `best_of_n_kl_upper` as e goes to 0. Raises ConfigError for n below 1, DataError for another probability.
+
+    >>> best_of_n_kl_estimate(torch.tensor([0.1, 1e-12]), 4)
+    tensor([0.6349, 0.6363], dtype=torch.float64)
+    """
+    epsilon, upper = probabilities.detach().double(), best_of_n_kl_upper(n)
+    if not bool(((epsilon > 0.0) & (epsilon <= 1.0)).all()):
+        raise DataError("the probabilities of selected outputs lie in (0, 1]: give exp of their log-probabilities")
+    count = torch.as_tensor(n, dtype=torch.float64)
+    log_miss = torch.log1p(-epsilon.clamp(max=1.0 - 1e-16))
+    hit = -torch.expm1(count * log_miss)
+    return (1.0 - hit) * (upper + (count - 1.0) * log_miss) + hit * (hit.log() - epsilon.log())
+
+
+def best_of_n_mean(rewards: Tensor, n: int) -> Tensor:
+    """The unbiased estimate of best of n's mean reward from M >= n scored samples, [..., M] to [...], with no redraw.
+
+    sum_i r_(i) C(i-1, n-1) / C(M, n), with r_(i) rising. Raises ConfigError for n outside 1..M, DataError for NaN.
+
+    >>> best_of_n_mean(torch.tensor([3.0, 1.0, 2.0]), 2)
+    tensor(2.6667, dtype=torch.float64)
+    """
+    value = rewards.detach().double()
+    size = value.shape[-1] if value.ndim else 0
+    if int(n) != n or not 1 <= n <= size:
+        raise ConfigError(f"best of n of {size} scored samples takes a whole n from 1 to {size}, not {n}")
+    if bool(value.isnan().any()):
+        raise DataError(f"{int(value.isnan().sum())} rewards are NaN: score them again or leave them out")
+    place = torch.arange(int(n), size + 1, dtype=torch.float64, device=value.device)
+    log_shares = torch.lgamma(place) - torch.lgamma(place - n + 1.0)
+    shares = log_shares.softmax(0)
+    return value.sort(-1).values[..., int(n) - 1 :] @ shares
