@@ -135,6 +135,7 @@ class _Shards:
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
+        self.folder = folder
         self.files: dict[str, list[str]] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -145,14 +146,17 @@ class _Shards:
                 self.files["model.safetensors"] = list(file.keys())
         else:
             raise DataError(f"{folder} has no model.safetensors: name a directory made by save_pretrained")
-        self._open = {file: safe_open(folder / file, "pt") for file in self.files}
         self._place = {name: file for file, names in self.files.items() for name in names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._open[self._place[name]].get_tensor(name)
+        from safetensors import safe_open
+
+        # Opened for each tensor, so that the pages of those before do not stay in memory.
+        with safe_open(self.folder / self._place[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
