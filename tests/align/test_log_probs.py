@@ -115,3 +115,16 @@ def test_what_is_refused():
         completion_log_probs(None, ids, torch.ones_like(ids), mask)
     with pytest.raises(ShapeError, match="alike"):
         sequence_log_probs(hidden[..., 0], mask[:1])
+
+
+def test_a_token_ruled_out_has_no_slope():
+    """A bias of -inf in the head: values and gradients as from whole logits, entropy too."""
+    (hidden, weight, bias), ids, _ = parts()
+    ids = ids.clamp(max=48)
+    closed = torch.cat([bias.detach()[:49], torch.tensor([-math.inf], dtype=bias.dtype)])
+    found = log_probs_from_hidden(hidden, weight, ids, bias=closed, entropy=True)
+    whole = log_probs_from_hidden(hidden, weight[:49], ids, bias=closed[:49], entropy=True)
+    for one, other in zip(found, whole, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+    slopes = [torch.autograd.grad(part[0].sum() + part[1].square().sum(), hidden)[0] for part in (found, whole)]
+    assert torch.allclose(*slopes, atol=1e-12)

@@ -109,6 +109,7 @@ class OnlineDifficultySampler:
         self._asked: deque[_Asked] = deque()
         self._again: deque[tuple[int, int, int]] = deque()
         self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._starved = False
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="rollout")
 
     def __iter__(self) -> Iterator[FilteredBatch]:
@@ -170,7 +171,8 @@ class OnlineDifficultySampler:
 
     def _watch(self, acceptance: float) -> None:
         self._recent.append(acceptance)
-        if len(self._recent) == _RECENT and sum(self._recent) < _STARVED * _RECENT:
+        before, self._starved = self._starved, len(self._recent) == _RECENT and sum(self._recent) < _STARVED * _RECENT
+        if self._starved and not before:
             share = 100.0 * sum(self._recent) / _RECENT
             warnings.warn(
                 f"of the last {_RECENT} batches {share:.1f} % of the prompts were kept: the thresholds do not fit the "

@@ -43,9 +43,9 @@ def log_probs_from_logits(
     """
     _check(logits.shape[:-1], ids, mask, temperature)
     if mask is None:
-        return TokenLogProbs(*_of_rows(logits, ids, temperature, entropy))
+        return TokenLogProbs(*_of_rows(logits, ids, temperature, entropy)[:2])
     held = mask.bool()
-    chosen, spread = _of_rows(logits[held], ids[held], temperature, entropy)
+    chosen, spread, _ = _of_rows(logits[held], ids[held], temperature, entropy)
     return TokenLogProbs(_spread(chosen, held), None if spread is None else _spread(spread, held))
 
 
@@ -148,23 +148,58 @@ def _check(rows: torch.Size, ids: Tensor, mask: Tensor | None, temperature: floa
         raise ConfigError(f"temperature must be positive and is {temperature}")
 
 
-def _of_rows(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+def _of_rows(logits: Tensor, ids: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probabilities of ids, entropies or None, and the logarithms of the partition function."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if temperature != 1.0:
         logits = logits / temperature
     log_partition = logits.logsumexp(-1)
     chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - log_partition
     if not entropy:
-        return chosen, None
+        return chosen, None, log_partition
     share = (logits - log_partition.unsqueeze(-1)).exp()
     # A token that is ruled out by logits of -inf adds nothing.
     mean = (share * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
-    return chosen, log_partition - mean
+    return chosen, log_partition - mean, log_partition
 
 
 def _spread(values: Tensor, held: Tensor) -> Tensor:
     """values [n] put where held [...] is true, 0 elsewhere."""
     return values.new_zeros(held.shape).masked_scatter(held, values)
+
+
+class _KnownSlope(torch.autograd.Function):
+    """0 for each row, with the gradient of first * log-probability + second * entropy by its logits.
+
+    From what the forward pass has kept it takes one exponential of each logit: p the softmax, H its entropy, it is
+    first (1[token] - p) - second p (log p + H), over the temperature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, first: Tensor, second: Tensor | None, log_partition: Tensor,
+        entropy: Tensor, temperature: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(logits, ids, first, second, log_partition, entropy)
+        ctx.temperature = temperature
+        return logits.new_zeros(len(logits))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        logits, ids, first, second, log_partition, entropy = ctx.saved_tensors
+        scaled = logits if ctx.temperature == 1.0 else logits / ctx.temperature
+        log_p = scaled - log_partition.unsqueeze(-1)
+        by_token = (grad * first).unsqueeze(-1)
+        if second is None:
+            slope = log_p.exp_().mul_(-by_token)
+        else:
+            share = log_p.exp()
+            # A token that is ruled out by logits of -inf has no slope.
+            log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(entropy.unsqueeze(-1))
+            slope = log_p.mul_((grad * second).unsqueeze(-1)).add_(by_token).mul_(share).neg_()
+        slope.scatter_add_(-1, ids.unsqueeze(-1), by_token)
+        return slope.div_(ctx.temperature), None, None, None, None, None, None
 
 
 class _Chunked(torch.autograd.Function):
@@ -176,7 +211,7 @@ class _Chunked(torch.autograd.Function):
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-        values = torch.zeros(2, len(ids), dtype=wide, device=hidden.device)
+        values = torch.zeros(3, len(ids), dtype=wide, device=hidden.device)
 
         def record(rows: slice, logits: Tensor) -> Tensor:
             for place, part in enumerate(_of_rows(logits, ids[rows], temperature, entropy)):
@@ -186,23 +221,24 @@ class _Chunked(torch.autograd.Function):
 
         with torch.no_grad():
             rows_chunked(record, [LinearHead(hidden, weight, bias)], values.new_ones(len(ids)), chunk=chunk)
-        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.save_for_backward(hidden, weight, bias, ids, values[1], values[2])
         ctx.options = (temperature, entropy, chunk)
-        return values[0], values[1]
+        return values[0].clone(), values[1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_log_probs: Tensor, by_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, ids = ctx.saved_tensors
+        hidden, weight, bias, ids, spread, log_partition = ctx.saved_tensors
         temperature, entropy, chunk = ctx.options
         scale = by_log_probs.abs() + by_entropy.abs()
         safe = torch.where(scale > 0, scale, 1.0)
         first, second = by_log_probs / safe, by_entropy / safe
 
         def slope(rows: slice, logits: Tensor) -> Tensor:
-            chosen, spread = _of_rows(logits, ids[rows], temperature, entropy)
-            value = first[rows] * chosen
-            return value if spread is None else value + second[rows] * spread
+            weights = first[rows], second[rows] if entropy else None
+            given = (ids[rows], *weights, log_partition[rows], spread[rows], temperature)
+            found: Tensor = _KnownSlope.apply(logits, *given)
+            return found
 
         tensors = [
             None if tensor is None else tensor.detach().requires_grad_(needed)
