@@ -67,7 +67,7 @@ def geometric(most=4):
 # --- random programs, as trees ---
 
 weights = strategies.sampled_from([F(0), F(1, 3), F(1, 2), F(1), F(2), F(5, 2)])
-chances = strategies.sampled_from([F(1, 4), F(1, 3), F(1, 2), F(2, 3), F(5, 6)])
+chances = strategies.sampled_from([F(1, 6), F(1, 3), F(1, 2), F(2, 3), F(5, 6)])
 leaves = strategies.integers(0, 2).map(lambda value: ("ret", value))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.sample.compose import (
@@ -64,9 +64,9 @@ from kullback.sample.compose.programs import Bound, Recorded, Ret, Trace
 from kullback.sample.compose.transformations import acceptance
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _programs import branching, coin, geometric, hmm, hmm_measure, integral, measure, planted, quiet, trees
+from _programs import branching, coin, count, geometric, hmm, hmm_measure, integral, measure, planted, quiet, trees
 
-BASE = Enum(12)
+BASE = Enum(6)
 SCHEMES = ["multinomial", "systematic", "stratified", "residual"]
 STACKS = {
     "Enum": BASE,
@@ -96,6 +96,9 @@ def law(stack, value):
 @given(tree=trees, then=quiet, last=quiet)
 def test_monad_laws_and_meanings(name, tree, then, last):
     stack = STACKS[name]
+    if "Traced" in name:  # a uniform number has six values
+        assume(count(tree, "flip") <= 2 - count(tree, "spawn"))
+        last = ("factor", F(2), ("ret", 1))
     follow, onward = (functools.partial(planted, then), functools.partial(planted, last))
     whole = functools.partial(measure, then)
     value = stack.of(planted(tree))
@@ -198,7 +201,6 @@ def spawning():
     return x, y
 
 
-TRACED = Traced(Weighted(Enum(12)))
 VALID = {
     "importance": (Importance(3), hmm(), None),
     "importance, spawn inside": (Importance(2), spawning(), None),
@@ -441,10 +443,10 @@ def test_drawn_runs_agree_with_the_exact_measure(generator):
         assert masses.mean().item() == pytest.approx(float(mass), abs=6 * masses.std().item() / 20**0.5)
         second = torch.stack([one.unnormalized_expect(lambda path: path[1]) for one in found])
         assert second.mean().item() == pytest.approx(float(mass * share), abs=6 * second.std().item() / 20**0.5)
-    for options in ({}, {"sites": "all"}, {"drift": 0.3}):
+    for options in ({}, {"sites": "all"}, {"drift": 1.0}):
         chain = run(MH(1500, **options), hmm((1, 0, 1)), generator=generator)
-        assert sum(path[1] for path in chain.values) / 1500 == pytest.approx(float(share), abs=0.12)
-        assert 0.3 < chain.accepted < 1.0
+        assert sum(path[1] for path in chain.values) / 1500 == pytest.approx(float(share), abs=0.17)
+        assert 0.3 < chain.accepted < 0.99
 
 
 def test_drawn_parameters_agree_with_the_joint_measure(generator):

@@ -237,9 +237,10 @@ class Enum(Representation):
     limit: int = 10**6
 
     def prepare(self, program: Program) -> Program:
-        return Kept(Viewed(program, self._on_the_grid))
+        return Kept(program)
 
-    def _on_the_grid(self, operation: Operation) -> Operation:
+    def on_the_grid(self, operation: Operation) -> Operation:
+        """Refuse finite laws that a trace of grid points would change."""
         law = operation.argument
         if self.grid is None or not isinstance(operation, Sample) or not isinstance(law, Finite):
             return operation
@@ -457,13 +458,16 @@ class Traced(Representation):
         return self.inner.base
 
     def of(self, program: Program) -> Any:
-        return self.inner.map(self.inner.of(Recorded(program)), lambda trace: (program, trace))
+        checked = _checked(program, self.base)
+        return self.inner.map(self.inner.of(Recorded(checked)), lambda trace: (checked, trace))
 
     def bind(self, value: Any, then: Callable[[Any], Program]) -> Any:
+        go_on = _Checked(then, self.base)
+
         def onward(pair: Any) -> Program:
             program, trace = pair
-            follows = Recorded(then(trace.value), choices=trace.choices, density=trace.density)
-            return Bound(follows, lambda longer: Ret((Bound(program, then), longer)))
+            follows = Recorded(go_on(trace.value), choices=trace.choices, density=trace.density)
+            return Bound(follows, lambda longer: Ret((Bound(program, go_on), longer)))
 
         return self.inner.bind(value, onward)
 
@@ -471,3 +475,16 @@ class Traced(Representation):
         return self.inner.integrate(self.inner.map(value, lambda pair: pair[1].value))
 
 
+def _checked(program: Program, base: Representation) -> Program:
+    return Viewed(program, base.on_the_grid) if isinstance(base, Enum) and base.grid is not None else program
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A continuation that is equal to another of the same, so that traces of the same program are."""
+
+    then: Callable[[Any], Program]
+    base: Representation
+
+    def __call__(self, x: Any) -> Program:
+        return _checked(self.then(x), self.base)
