@@ -37,6 +37,8 @@ def align_config(root: Path, **options) -> AlignConfig:
     method = options.pop("method", "grpo")
     if method == "salsa":
         options.setdefault("reference", (str(root / "model"), str(root / "moved")))
+    if method == "kdrl":
+        options.setdefault("reference", (str(root / "moved"),))
     base = AlignConfig(
         model=str(root / "model"),
         data=ExampleConfig(train=str(root / "pairs.jsonl"), holdout=0.2, length=4, validation_prompts=5),

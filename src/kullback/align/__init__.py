@@ -41,6 +41,7 @@ from kullback.align.implicit import (
     phi_transform,
     prefix_values,
 )
+from kullback.align.kdrl import BetaSchedule, Kdrl, kd_mask, kd_terms, kdrl_loss, reverse_kl_top_k
 from kullback.align.log_probs import (
     TokenLogProbs,
     completion_log_probs,
@@ -94,6 +95,7 @@ from kullback.align.policy_gradient import (
     reduce_tokens,
     reference_penalty,
 )
+from kullback.align.ppo import clipped_value_loss, generalised_advantages, shaped_rewards
 from kullback.align.regularised import RegularisedPolicy, f_regularised_policy
 from kullback.align.rehearsal import Partition, RehearsalBuffer, partition_by_pass_rate, rehearse
 from kullback.align.rewards import (
@@ -108,6 +110,13 @@ from kullback.align.rewards import (
 )
 from kullback.align.rollouts import Rollouts, join_rollouts, pad_left, sample_rollouts
 from kullback.align.scored import ScoredRollouts
+from kullback.align.soup import (
+    geometric_soup,
+    linear_connectivity,
+    soft_value,
+    soup_gain,
+    soup_state_dict,
+)
 from kullback.align.tradeoff import (
     Frontier,
     TiltSolution,
@@ -127,6 +136,7 @@ __all__ = [
     "FSFT",
     "ArithmeticReward",
     "BestOfNGap",
+    "BetaSchedule",
     "DifficultyFilter",
     "Dph",
     "ExactReward",
@@ -140,6 +150,7 @@ __all__ = [
     "FrontierEstimate",
     "FrontierEstimator",
     "Grpo",
+    "Kdrl",
     "Matching",
     "MemorylessAlignment",
     "Method",
@@ -173,6 +184,7 @@ __all__ = [
     "best_of_n_mean",
     "clipped_policy_loss",
     "clipped_share",
+    "clipped_value_loss",
     "completion_log_probs",
     "constant_groups",
     "coverage_at_k",
@@ -187,15 +199,21 @@ __all__ = [
     "fdpo_loss",
     "fppo_penalty",
     "fsft_loss",
+    "generalised_advantages",
+    "geometric_soup",
     "grouped_advantages",
     "implicit_reward",
     "implicit_reward_accuracy",
     "join_rollouts",
     "judged",
+    "kd_mask",
+    "kd_terms",
+    "kdrl_loss",
     "kl_reward_frontier",
     "kl_to_optimum",
     "largest_kl",
     "leave_one_out_baseline",
+    "linear_connectivity",
     "load_reward",
     "log_partition",
     "log_probs_from_hidden",
@@ -228,6 +246,7 @@ __all__ = [
     "rehearsal_loss",
     "rehearse",
     "renyi_cross_entropy",
+    "reverse_kl_top_k",
     "reward_rate_function",
     "sample_rollouts",
     "sampled_divergence",
@@ -235,7 +254,11 @@ __all__ = [
     "self_play",
     "self_similarity",
     "sequence_log_probs",
+    "shaped_rewards",
+    "soft_value",
     "solve_tilt_for_kl",
+    "soup_gain",
+    "soup_state_dict",
     "span_seminorm",
     "target_divergence",
     "tilt",

@@ -175,6 +175,7 @@ class AlignTrainer(Trainer):
                 "old_log_prob": rolled.log_probs,
                 "prompt_index": rolled.prompt_index,
                 "rewards": rewards,
+                "step": torch.tensor(self.state.global_step),
             }
             if self.method.needs_reference and self.reference is not None:
                 batch["reference_log_prob"] = self.reference(*given)

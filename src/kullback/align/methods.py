@@ -1,8 +1,9 @@
 """What one step of alignment minimises: a method takes log-probabilities of completions, and gives a loss.
 
 A batch is a dict of tensors, rows B of T completion tokens: completion_mask [B, T]; reference_log_prob [B, T] where the
-method needs the reference; for methods that learn from the policy's own samples rewards [B], old_log_prob [B, T] and
-whatever `prepare` adds. Pairs come as their chosen completions, followed by their rejected ones, B = 2 pairs.
+method needs the reference; for methods that learn from the policy's own samples rewards [B], old_log_prob [B, T],
+prompt_index [B], the optimiser's step [] and whatever `prepare` adds. Pairs come as their chosen completions, followed
+by their rejected ones, B = 2 pairs.
 """
 
 from __future__ import annotations

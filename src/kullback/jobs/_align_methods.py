@@ -11,6 +11,7 @@ from kullback.align.dph import Dph
 from kullback.align.f_dpg import FDpg, target_divergence
 from kullback.align.f_dpo import FDPOLoss, paper_divergence
 from kullback.align.grpo import Grpo
+from kullback.align.kdrl import BetaSchedule, Kdrl
 from kullback.align.methods import Preference, Supervised
 from kullback.align.nash_policy import NashPolicy
 from kullback.align.rehearsal import RehearsalBuffer
@@ -84,6 +85,7 @@ def _entries() -> dict[str, _Entry]:
         "dph-rl": _Entry("online", _dph),
         "nash-mp": _Entry("online", _nash_mp),
         "salsa": _Entry("online", _rloo),
+        "kdrl": _Entry("online", _kdrl),
     }
 
 
@@ -149,6 +151,15 @@ def _nash_mp(
 ) -> Method:  # fmt: skip
     chosen: dict[str, Any] = {"mode": mode, "preferences": preferences}
     return NashPolicy(beta=beta, eta=eta, decay=decay, **chosen)
+
+
+def _kdrl(
+    *, beta: float = 5e-3, beta_end: float = 1e-3, schedule: str = "constant", delta: float = 5e-5, steps: int = 100,
+    kind: str = "k2", credit: str = "token", keep: str = "none", shaping: str = "loss",
+) -> Method:  # fmt: skip
+    shape: Any = schedule
+    chosen: dict[str, Any] = {"kind": kind, "credit": credit, "keep": keep, "shaping": shaping}
+    return Kdrl(schedule=BetaSchedule(kind=shape, start=beta, end=beta_end, delta=delta, steps=steps), **chosen)
 
 
 def _dph(

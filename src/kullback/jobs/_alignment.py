@@ -171,6 +171,8 @@ class Alignment:
             raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
         if self.kind == "online" and self.config.sampling.group < 2:
             raise ConfigError(f"{self.config.method.name} compares completions of a prompt: set sampling.group over 1")
+        if self.config.method.name == "kdrl" and not self.config.reference:
+            raise ConfigError("kdrl learns from a teacher as well: name its directory as the reference")
         if self.config.method.name == "salsa" and len(self.config.reference) < 2:
             raise ConfigError("salsa has the average of several fine-tuned models as reference: name two or more")
 
