@@ -84,8 +84,8 @@ def test_bandwidths(batch):
 
 def test_noise_comes_from_the_generator_alone(batch):
     x = batch[0].float()
-    network = Bottleneck(4, 2, hidden=8, k=3, stochastic=True, generator=stream(0, "weights"))
-    again = Bottleneck(4, 2, hidden=8, k=3, stochastic=True, generator=stream(0, "weights"))
+    network = Bottleneck(4, 2, hidden=(8, 8), k=3, stochastic=True, generator=stream(0, "weights"))
+    again = Bottleneck(4, 2, hidden=(8, 8), k=3, stochastic=True, generator=stream(0, "weights"))
     one, other = (model(x, stream(1, "noise")) for model in (network, again))
     assert torch.equal(one.prediction, other.prediction)
     assert one.prediction.shape == (20, 2)
@@ -93,7 +93,7 @@ def test_noise_comes_from_the_generator_alone(batch):
     assert torch.equal(plain.representation, plain.mean)
     spread = (one.representation - one.mean) / (0.5 * one.log_variance).exp()
     torch.testing.assert_close(spread, torch.randn(spread.shape, generator=stream(1, "noise")), rtol=1e-4, atol=1e-4)
-    steady = Bottleneck(4, hidden=8, k=3, generator=stream(0, "weights"))
+    steady = Bottleneck(4, hidden=(8, 8), k=3, generator=stream(0, "weights"))
     assert steady(x).log_variance is None
     assert torch.equal(steady(x, stream(1, "noise")).prediction, steady(x).prediction)
 
@@ -118,7 +118,7 @@ def test_fgsm_on_a_line_is_the_sign_of_its_slope(batch):
 
 def test_pgd_stays_in_the_ball_and_in_the_range(batch):
     x, y, _, _ = batch
-    network = Bottleneck(4, hidden=8, k=3, generator=stream(0, "weights")).double()
+    network = Bottleneck(4, hidden=(8, 8), k=3, generator=stream(0, "weights")).double()
 
     def model(rows):
         return network(rows).prediction.squeeze(1)
@@ -145,10 +145,10 @@ def waves(n=120):
 
 def test_it_learns_a_wave_whatever_its_units():
     X, y = waves()
-    fitted = CSIBRegressor(beta=1e-3, sigma_x=0.3, hidden=32, k=8, lr=5e-3, epochs=150).fit(X, y)
+    fitted = CSIBRegressor(beta=1e-3, sigma_x=0.3, hidden=(32, 32), k=8, lr=5e-3, epochs=150).fit(X, y)
     assert fitted.score(X, y) > 0.97
     assert fitted.predict(X).shape == (120,)
-    scaled = CSIBRegressor(beta=1e-3, sigma_x=0.3, hidden=32, k=8, lr=5e-3, epochs=150).fit(1e4 * X, y / 7)
+    scaled = CSIBRegressor(beta=1e-3, sigma_x=0.3, hidden=(32, 32), k=8, lr=5e-3, epochs=150).fit(1e4 * X, y / 7)
     np.testing.assert_allclose(scaled.predict(1e4 * X) * 7, fitted.predict(X), atol=4)
     assert len(fitted.loss_curve_) == 150
     assert fitted.loss_curve_[-1] < 0.2 * fitted.loss_curve_[0]
@@ -162,7 +162,7 @@ def test_it_learns_a_wave_whatever_its_units():
 def test_a_heavy_weight_compresses():
     X, y = waves()
     light, heavy = (
-        CSIBRegressor(beta=beta, sigma_x=0.3, hidden=32, k=8, lr=5e-3, epochs=60).fit(X, y).information_plane_[-1]
+        CSIBRegressor(beta=beta, sigma_x=0.3, hidden=(32, 32), k=8, lr=5e-3, epochs=60).fit(X, y).information_plane_[-1]
         for beta in (0.0, 3.0)
     )
     assert heavy["compression"] < 0.5 * light["compression"]
@@ -172,7 +172,7 @@ def test_a_heavy_weight_compresses():
 def test_several_targets_noise_and_seeds():
     X, y = waves(60)
     both = np.stack([y, -y], axis=1)
-    options = {"hidden": 16, "k": 4, "lr": 5e-3, "epochs": 20, "batch": 25, "stochastic": True, "decay": 0.6}
+    options = {"hidden": (16,), "k": 4, "lr": 5e-3, "epochs": 20, "batch": 25, "stochastic": True, "decay": 0.6}
     before = torch.random.get_rng_state()
     one, same, other = (CSIBRegressor(random_state=seed, **options).fit(X, both) for seed in (0, 0, 1))
     assert one.predict(X).shape == (60, 2)
@@ -183,7 +183,8 @@ def test_several_targets_noise_and_seeds():
 
 def test_bad_numbers():
     X, y = waves(10)
-    for wrong in ({"epochs": 0}, {"batch": 1}, {"lr": 0.0}, {"k": 0}, {"beta": -1.0}, {"sigma_x": "wide"}):
+    numbers = {"epochs": 0}, {"batch": 1}, {"lr": 0.0}, {"k": 0}, {"hidden": ()}, {"beta": -1.0}
+    for wrong in (*numbers, {"sigma_x": "wide"}):
         with pytest.raises(ConfigError):
             CSIBRegressor(**wrong).fit(X, y)
 
@@ -191,7 +192,7 @@ def test_bad_numbers():
 @pytest.mark.slow
 def test_scikit_learn_finds_nothing_wrong():
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
-    small = CSIBRegressor(epochs=40, k=8, hidden=32, lr=5e-3)
+    small = CSIBRegressor(epochs=40, k=8, hidden=(32, 32), lr=5e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = checks.check_estimator(small, on_skip=None, on_fail=None)

@@ -33,7 +33,7 @@ def test_tables_are_standardised_by_what_is_trained_on():
 
 def test_the_variational_term_is_zero_at_the_standard_normal(generator):
     x, y = torch.randn(6, 3, generator=generator), torch.randn(6, generator=generator)
-    network = Bottleneck(3, hidden=4, k=2, stochastic=True, generator=stream(0, "network"))
+    network = Bottleneck(3, hidden=(4, 4), k=2, stochastic=True, generator=stream(0, "network"))
     out = network(x)
     plain = out._replace(mean=torch.zeros(6, 2), log_variance=torch.zeros(6, 2))
     assert study.vib(x, y, plain) == study.mse(x, y, out)

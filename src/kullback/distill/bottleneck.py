@@ -13,7 +13,7 @@ Shapes: inputs x [n, d], targets y and predictions yhat [n, o] or [n], represent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -107,8 +107,9 @@ class BottleneckOutput(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """An encoder inputs-hidden-hidden-k with linear heads, and a decoder k-hidden-outputs, with ReLU in between.
+    """An encoder inputs-hidden with linear heads to k, and a decoder k-width-outputs, with ReLU in between.
 
+    hidden: the widths of the encoder, of which the last is the decoder's too (the paper: three of 128, and k = 128).
     stochastic: t = mean + exp(log-variance / 2) noise where forward gets a generator, and the mean where it gets none.
     generator: of the first weights, uniform within 1 / sqrt(fan-in).
     """
@@ -118,17 +119,18 @@ class Bottleneck(nn.Module):
         inputs: int,
         outputs: int = 1,
         *,
-        hidden: int = 128,
-        k: int = 128,
+        hidden: Sequence[int] = (128, 128),
+        k: int = 16,
         stochastic: bool = False,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.encoder = _perceptron((inputs, hidden, hidden, k), generator)
+        self.encoder = _perceptron((inputs, *hidden), generator)
         self.encoder.append(nn.ReLU())
-        self.mean = _perceptron((k, k), generator)
-        self.log_variance = _perceptron((k, k), generator) if stochastic else None
-        self.decoder = _perceptron((k, hidden, outputs), generator)
+        width = hidden[-1]
+        self.mean = _perceptron((width, k), generator)
+        self.log_variance = _perceptron((width, k), generator) if stochastic else None
+        self.decoder = _perceptron((k, width, outputs), generator)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> BottleneckOutput:
         """All that a loss may want of rows x [n, d]; noise is drawn from the generator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -30,7 +31,8 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     X [n, d] and y [n] or [n, o] are standardised inside, and bandwidths are of standardised values. beta, sigma_x,
     sigma_y, symmetric: see `CSIBLoss`; hidden, k, stochastic: see `Bottleneck`. decay: the factor on lr every ten
-    epochs (the paper: k=128, sigma_x=1.0, lr=1e-4, decay=0.6, epochs=200). random_state: a whole number.
+    epochs (the paper: hidden=(128, 128, 128), k=128, sigma_x=1.0, lr=1e-4, decay=0.6, epochs=200). random_state: a
+    whole number.
 
     After a fit: loss_curve_, the mean loss of each epoch; information_plane_, ten points of a fit, each with its epoch,
     compression I(x; t) (normalised), relevance I(y; t) in bits, taken as log2(var y / MSE) / 2, and proxy, the root of
@@ -48,7 +50,7 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         beta: float = 1e-2,
         sigma_x: Bandwidth = "sqrt_d",
         sigma_y: Bandwidth = 1.0,
-        hidden: int = 128,
+        hidden: Sequence[int] = (128, 128),
         k: int = 16,
         lr: float = 1e-3,
         decay: float = 1.0,
@@ -64,8 +66,8 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit a fresh network to X [n, d] and y [n] or [n, o]."""
-        if min(self.batch - 1, self.epochs, self.hidden, self.k) < 1 or not self.lr > 0.0:
-            raise ConfigError("epochs, hidden and k are at least 1, batch at least 2, and lr is above 0")
+        if min(self.batch - 1, self.epochs, self.k, len(self.hidden), *self.hidden) < 1 or not self.lr > 0.0:
+            raise ConfigError("epochs, k and one or more hidden widths are at least 1, batch is at least 2, lr > 0")
         X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, ensure_min_samples=2, dtype=np.float64)
         self._flat = y.ndim == 1
         targets = np.asarray(y, dtype=np.float64).reshape(len(X), -1)

@@ -24,7 +24,7 @@ from kullback.divergences.cauchy_schwarz_samples import cs_qmi_normalized
 
 __all__ = ["draw", "reproduce"]
 
-HIDDEN, WIDTH, RATE, EPOCHS, BATCH = 128, 16, 1e-3, 80, 128
+HIDDEN, WIDTH, RATE, EPOCHS, BATCH = (128, 128), 16, 1e-3, 80, 128
 ATTACKS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)  # strengths of FGSM
 BETAS = (0.0, 0.01, 0.1, 0.5)
 VIB_WEIGHT = 1e-2
@@ -95,7 +95,7 @@ def fit(table: Table, objective: Objective, seed: int, *, stochastic: bool = Fal
     batches, noise = generator(seed, "batches"), generator(seed, "noise")
     best, weights = math.inf, network.state_dict()
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(y), generator=batches).tensor_split(max(round(len(y) / BATCH), 1)):
+        for rows in torch.randperm(len(y), generator=batches).split(BATCH):
             optimizer.zero_grad()
             objective(x[rows], y[rows], network(x[rows], noise)).backward()
             optimizer.step()
