@@ -90,6 +90,24 @@ def test_the_number_of_workers_changes_nothing(tracked):
     assert not equal(first, taken(made(1, seed=1), 8))
 
 
+def test_as_they_come_a_slow_one_holds_up_nobody():
+    release = threading.Event()
+
+    def slow(prompt, seed, version):
+        if version == 0 and prompt == first:
+            release.wait(20)
+        return rollout(prompt, seed, version)
+
+    first = int(torch.randperm(60, generator=stream(0, "pass", 0))[0])
+    with OnlineDifficultySampler(
+        60, slow, DifficultyFilter(), batch_size=4, workers=4, max_in_flight=12, ordered=False, max_staleness=9
+    ) as made:
+        batches = [next(made) for _ in range(3)]
+        release.set()
+        assert all(first not in batch.prompts.tolist() for batch in batches)
+        assert all(batch.scale == 1.0 for batch in batches)
+
+
 def test_workers_run_side_by_side():
     together, most, lock = [0], [0], threading.Lock()
 

@@ -2,7 +2,8 @@
 
 Prompts come without replacement within a pass over all of them; each is rolled out once and kept if its pass rate lies
 between the thresholds. What is kept beyond a batch goes into the next one, unless it is of too old a policy. Results
-are taken in the order in which they were asked for, so that they do not depend on the number of workers.
+are taken in the order in which they were asked for, so that they do not depend on the number of workers, or else as
+they come, so that a few slow ones do not hold up the others.
 
 Shapes: B prompts a batch, G answers of each. Source: arXiv 2504.03380.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -69,8 +70,9 @@ class OnlineDifficultySampler:
     batch, after which it is given up as short (None: four passes); short_batch: "scale" hands out what there is,
     "repeat" fills up with groups again, "raise" is a DataError; max_staleness: versions that a group may be behind;
     reuse: train on the answers that passed the filter (as published), or on fresh ones of the same prompts, which the
-    filter has not selected; tracker: spends rollouts where they are likely to be kept, in each pass on a prompt with a
-    chance in proportion to that, of at least `floor`. Close it, or use it in a with statement, to stop the workers.
+    filter has not selected; ordered: take results in order, or False for as they come; tracker: spends rollouts where
+    they are likely to be kept, in each pass on a prompt with a chance in proportion to that, of at least `floor`.
+    Close it, or use it in a with statement, to stop the workers.
     Raises ConfigError for numbers out of range.
     """
 
@@ -87,6 +89,7 @@ class OnlineDifficultySampler:
         max_staleness: int = 1,
         short_batch: Literal["scale", "repeat", "raise"] = "scale",
         reuse: bool = True,
+        ordered: bool = True,
         tracker: PassRateTracker | None = None,
         floor: float = 0.05,
         seed: int = 0,
@@ -103,7 +106,7 @@ class OnlineDifficultySampler:
         self.count, self.rollout, self.keep, self.batch_size = count, rollout, keep, batch_size
         self.max_in_flight, self.max_draws, self.max_staleness = max_in_flight, max_draws or 4 * count, max_staleness
         self.short_batch, self.reuse, self.tracker, self.floor, self.seed = short_batch, reuse, tracker, floor, seed
-        self.version = self.turn = 0
+        self.ordered, self.version, self.turn = ordered, 0, 0
         self._group = 0
         self._queue: deque[tuple[int, int]] = deque()
         self._asked: deque[_Asked] = deque()
@@ -133,7 +136,7 @@ class OnlineDifficultySampler:
         passed = 0
         while len(kept) < self.batch_size and len(rates) < self.max_draws:
             self._ask({asked.prompt for asked, _, _ in kept})
-            asked = self._asked.popleft()
+            asked = self._take()
             group, rewards, first = asked.future.result()
             self._group = len(rewards)
             rates.append(first.double().mean())
@@ -147,6 +150,16 @@ class OnlineDifficultySampler:
         acceptance = passed / len(rates)
         self._watch(acceptance)
         return self._batch(kept, torch.stack(rates), acceptance)
+
+    def _take(self) -> _Asked:
+        """The first that was asked for, or the first of those that are done, once there is one."""
+        place = 0
+        if not self.ordered:
+            wait([asked.future for asked in self._asked], return_when=FIRST_COMPLETED)
+            place = next(at for at, asked in enumerate(self._asked) if asked.future.done())
+        taken = self._asked[place]
+        del self._asked[place]
+        return taken
 
     def _batch(self, kept: list[tuple[_Asked, Any, Tensor]], rates: Tensor, acceptance: float) -> FilteredBatch:
         found = len(kept)

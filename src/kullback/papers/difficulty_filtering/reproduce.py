@@ -1,0 +1,168 @@
+"""Online difficulty filtering (arXiv 2504.03380) in small: prompts far too easy or too hard, and a shared policy.
+
+Each of a prompt's 12 answers has 24 features, and the right one scores highest under a hidden linear rule; an offset of
+the prompt's own on its logit, normal with deviation 8, makes most prompts solved always or never at first. One linear
+policy learns from 0/1 rewards by GRPO, on batches as they come or filtered. The pass rate on test prompts is exact.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kullback.align.difficulty import PassRateTracker, best_pass_rate, difficulty_filter, kl_to_optimum, variance_bound
+from kullback.align.difficulty_sampler import FilteredBatch, OnlineDifficultySampler, StarvationWarning
+from kullback.align.policy_gradient import clipped_policy_loss, grouped_advantages
+from kullback.core.rng import generator
+from kullback.core.runs import Run
+from kullback.core.types import Report
+
+__all__ = ["draw", "reproduce"]
+
+PROMPTS, ANSWERS, FEATURES = 200, 12, 24  # prompts to train on, and as many to test
+DEVIATION, LIFT = 8.0, 1.5
+BATCH, GROUP, UPDATES, RATE = 16, 8, 150, 0.15
+MODES = ("plain", "balanced", "nonzero", "balanced, tracked")
+TILT = 2.0  # 1 / beta of the drawn bound
+
+
+class World(NamedTuple):
+    """features [N, 12, 24], the right answers [N] and the offsets [N] of their logits; first those to train on."""
+
+    features: Tensor
+    right: Tensor
+    offset: Tensor
+
+
+def world(seed: int) -> World:
+    """Prompts to train on, and behind them as many to test."""
+    draws = generator(seed, "world")
+    features = torch.randn(2 * PROMPTS, ANSWERS, FEATURES, generator=draws)
+    rule = torch.randn(FEATURES, generator=draws)
+    offset = LIFT + DEVIATION * torch.randn(2 * PROMPTS, generator=draws)
+    return World(features, (features @ rule).argmax(1), offset)
+
+
+def log_policy(weight: Tensor, given: World, rows: Tensor | slice) -> Tensor:
+    """Log-probabilities [K, 12] of the answers to some prompts under weights [24]."""
+    logits = given.features[rows] @ weight
+    own = torch.nn.functional.one_hot(given.right[rows], ANSWERS) * given.offset[rows].unsqueeze(1)
+    return (logits + own).log_softmax(1)
+
+
+def pass_rate(weight: Tensor, given: World, rows: slice) -> Tensor:
+    """The exact chance [K] of a right answer."""
+    with torch.no_grad():
+        return log_policy(weight, given, rows).gather(1, given.right[rows].unsqueeze(1)).squeeze(1).exp()
+
+
+def train(given: World, mode: str, seed: int) -> list[dict[str, Any]]:
+    """UPDATES steps of GRPO; a row after each: test pass rate, prompts drawn so far, right answers in the batch."""
+    weight = torch.zeros(FEATURES, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=RATE)
+    test, rows, drawn = slice(PROMPTS, None), [], 0
+
+    def rollout(prompt: int, source: int, version: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            law = log_policy(weight, given, torch.tensor([prompt])).exp()
+        found = torch.multinomial(law[0], GROUP, replacement=True, generator=generator(source, "answers"))
+        return found, (found == given.right[prompt]).float()
+
+    tracker = PassRateTracker(PROMPTS, forgetting=0.5) if "tracked" in mode else None
+    keep = difficulty_filter(mode.split(",")[0])  # type: ignore[arg-type]
+    with warnings.catch_warnings(), OnlineDifficultySampler(
+        PROMPTS, rollout, keep, batch_size=BATCH, max_in_flight=1, max_draws=PROMPTS, tracker=tracker, seed=seed
+    ) as sampler:
+        warnings.simplefilter("ignore", StarvationWarning)  # towards the end there is little left to learn
+        for update, batch in zip(range(1, UPDATES + 1), sampler, strict=False):
+            step(optimizer, weight, given, batch)
+            drawn += batch.draws
+            reached = float(pass_rate(weight, given, test).mean())
+            solved = batch.rewards.sum(1).long().bincount(minlength=GROUP + 1).tolist()
+            rows.append({"mode": mode, "update": update, "drawn": drawn, "pass_rate": reached, "solved": solved})
+    return rows
+
+
+def step(optimizer: torch.optim.Optimizer, weight: Tensor, given: World, batch: FilteredBatch) -> None:
+    """One update on the kept groups; a short batch counts for less."""
+    if not len(batch.prompts):
+        return
+    answers = torch.stack(batch.groups)
+    log_prob = log_policy(weight, given, batch.prompts).gather(1, answers).reshape(-1, 1)
+    advantages = grouped_advantages(batch.rewards).reshape(-1)
+    loss = batch.scale * clipped_policy_loss(log_prob, log_prob.detach(), advantages, torch.ones_like(log_prob))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def reproduce(run: Run) -> Report:
+    """One seed: the same world and first policy for every mode."""
+    given = world(run.seed)
+    found = {}
+    for mode in MODES:
+        found[mode] = train(given, mode, run.seed)
+        run.event("trained", mode=mode, pass_rate=found[mode][-1]["pass_rate"], drawn=found[mode][-1]["drawn"])
+    return Report(metrics=metrics(found), rows=[row for rows in found.values() for row in rows])
+
+
+def metrics(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """The card's: updates to plain GRPO's best over those it needed itself, and the gain at the end; and the costs."""
+    best = max(found["plain"], key=lambda row: row["pass_rate"])
+
+    def until(mode: str, key: str) -> float:
+        return next((float(row[key]) for row in found[mode] if row["pass_rate"] >= best["pass_rate"]), float("inf"))
+
+    last = {mode: rows[-1] for mode, rows in found.items()}
+    plain = last["plain"]["pass_rate"]
+    return {
+        "updates_ratio": until("balanced", "update") / best["update"],
+        "pass_rate_gain": last["balanced"]["pass_rate"] - plain,
+        "nonzero_updates_ratio": until("nonzero", "update") / best["update"],
+        "nonzero_pass_rate_gain": last["nonzero"]["pass_rate"] - plain,
+        "tracked_pass_rate_gain": last["balanced, tracked"]["pass_rate"] - plain,
+        "plain_pass_rate": plain,
+        "plain_drawn": float(last["plain"]["drawn"]),
+        "balanced_drawn": float(last["balanced"]["drawn"]),
+        "nonzero_drawn": float(last["nonzero"]["drawn"]),
+        "tracked_drawn": float(last["balanced, tracked"]["drawn"]),
+    }
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Test pass rate by updates and by prompts drawn, pass rates in batches, and the divergence beside its bound."""
+    from kullback.figures import figure
+
+    with figure(path, columns=4, size=(3.3, 3.0)) as axes:
+        for number, mode in enumerate(MODES):
+            updates: dict[int, list[Mapping[str, Any]]] = {}
+            for row in rows:
+                if row["mode"] == mode:
+                    updates.setdefault(row["update"], []).append(row)
+            means = {
+                key: [sum(row[key] for row in some) / len(some) for some in updates.values()]
+                for key in ("pass_rate", "drawn")
+            }
+            axes[0].plot(list(updates), means["pass_rate"], color=f"C{number}", label=mode)
+            axes[1].plot(means["drawn"], means["pass_rate"], color=f"C{number}")
+            if mode in ("plain", "balanced"):
+                late = [row["solved"] for row in rows if row["mode"] == mode]
+                counts = [sum(solved[k] for solved in late) for k in range(GROUP + 1)]
+                places = [k + 0.4 * (mode == "balanced") - 0.2 for k in range(GROUP + 1)]
+                axes[2].bar(places, [c / sum(counts) for c in counts], width=0.4, color=f"C{number}", label=mode)
+        axes[0].set(xlabel="updates", ylabel="exact pass rate, test prompts")
+        axes[0].legend(frameon=False, fontsize=7)
+        axes[1].set(xlabel="prompts rolled out", xscale="log")
+        axes[2].set(xlabel=f"right answers of {GROUP}", ylabel="share of the groups trained on")
+        axes[2].legend(frameon=False, fontsize=7)
+        grid = torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
+        axes[3].plot(grid, kl_to_optimum(grid, 1 / TILT), label="KL(pi_0||pi*), exact")
+        axes[3].plot(grid, variance_bound(grid, 1 / TILT), "--", label="p (1 - p) / 2 beta²")
+        axes[3].axvline(best_pass_rate(1 / TILT), color="0.7", linewidth=0.8)
+        axes[3].set(xlabel="pass rate p", ylabel="nats", title=f"beta = {1 / TILT:g}")
+        axes[3].legend(frameon=False, fontsize=7)

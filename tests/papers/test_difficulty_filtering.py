@@ -1,0 +1,61 @@
+"""The reproduction of online difficulty filtering: its world, one short training of each mode, the card, the figure."""
+
+import tomllib
+from importlib import resources
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from kullback.core.runs import Run
+from kullback.papers.difficulty_filtering import reproduce as study
+
+
+def test_the_world_is_extreme_and_has_a_rule():
+    given = study.world(0)
+    start = study.pass_rate(torch.zeros(study.FEATURES), given, slice(None))
+    assert 0.3 < start.mean() < 0.6
+    assert ((start < 0.05) | (start > 0.95)).double().mean() > 0.7, "most prompts are solved always or never"
+    law = study.log_policy(torch.randn(study.FEATURES, generator=torch.Generator().manual_seed(1)), given, slice(0, 9))
+    assert torch.allclose(law.logsumexp(1), torch.zeros(9), atol=1e-6)
+    assert not torch.equal(given.right, study.world(1).right)
+
+
+def rows(rates, drawn=16):
+    return [
+        {"mode": "m", "update": at, "drawn": drawn * at, "pass_rate": rate, "solved": [0] * 9}
+        for at, rate in enumerate(rates, start=1)
+    ]
+
+
+def test_metrics_count_updates_to_the_best_of_plain():
+    found = {
+        "plain": rows([0.1, 0.2, 0.5, 0.4]), "balanced": rows([0.2, 0.5, 0.6, 0.6], 100),
+        "nonzero": rows([0.1, 0.1, 0.1, 0.1]), "balanced, tracked": rows([0.5, 0.5, 0.5, 0.7]),
+    }  # fmt: skip
+    got = study.metrics(found)
+    assert got["updates_ratio"] == pytest.approx(2 / 3)
+    assert got["pass_rate_gain"] == pytest.approx(0.2)
+    assert got["nonzero_updates_ratio"] == float("inf")
+    assert (got["plain_drawn"], got["balanced_drawn"]) == (64, 400)
+
+
+def test_a_short_seed_and_its_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "UPDATES", 6)
+    report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
+    card = tomllib.loads(resources.files("kullback.papers.difficulty_filtering").joinpath("card.toml").read_text())
+    assert {claim["metric"] for claim in card["claims"]} <= set(report.metrics)
+    assert report.metrics["plain_drawn"] == 6 * study.BATCH
+    for row in report.rows:
+        if row["mode"].startswith("balanced"):
+            assert sum(row["solved"]) == sum(row["solved"][2:7]), "two to six of eight are right in what is trained on"
+    study.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.reproduce
+def test_one_seed_against_the_card(tmp_path):
+    report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=1))
+    assert report.metrics["updates_ratio"] <= 0.8
+    assert report.metrics["pass_rate_gain"] >= 0.03
+    assert report.metrics["tracked_drawn"] < report.metrics["balanced_drawn"] / 1.5
