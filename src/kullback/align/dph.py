@@ -210,6 +210,7 @@ class Dph:
         loss, metrics = self.policy.loss(log_prob[~held], sampled, count=count)
         share = self.policy.count(sampled) / count  # of this micro-batch in the whole
         weight = self.eta * share
+        metrics["rehearsal"] = loss.new_zeros(())  # so that all processes tell of the same things
         if len(kept["completion_mask"]):
             half = f_divergence("skew_kl", alpha=0.5) if self.form == "definition" else self.divergence
             rehearsed = rehearsal_loss(
