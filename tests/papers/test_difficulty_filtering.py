@@ -40,6 +40,14 @@ def test_metrics_count_updates_to_the_best_of_plain():
     assert (got["plain_drawn"], got["balanced_drawn"]) == (64, 400)
 
 
+def test_rows_are_thinned_and_batches_summed():
+    given = [{**row, "solved": [at, 0, 0, 0, 0, 0, 0, 0, 1]} for at, row in enumerate(rows([0.1] * 12))]
+    found = study.thinned(given)
+    assert [row["update"] for row in found] == [5, 10, 12]
+    assert [row["solved"][0] for row in found] == [10, 35, 21]
+    assert [row["solved"][8] for row in found] == [5, 5, 2]
+
+
 def test_a_short_seed_and_its_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "UPDATES", 6)
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))

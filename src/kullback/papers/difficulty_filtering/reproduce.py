@@ -28,6 +28,7 @@ PROMPTS, ANSWERS, FEATURES = 200, 12, 24  # prompts to train on, and as many to 
 DEVIATION, LIFT = 8.0, 1.5
 BATCH, GROUP, UPDATES, RATE = 16, 8, 150, 0.15
 MODES = ("plain", "balanced", "nonzero", "balanced, tracked")
+EVERY = 5  # updates between the points of the figure
 TILT = 2.0  # 1 / beta of the drawn bound
 
 
@@ -108,7 +109,14 @@ def reproduce(run: Run) -> Report:
     for mode in MODES:
         found[mode] = train(given, mode, run.seed)
         run.event("trained", mode=mode, pass_rate=found[mode][-1]["pass_rate"], drawn=found[mode][-1]["drawn"])
-    return Report(metrics=metrics(found), rows=[row for rows in found.values() for row in rows])
+    return Report(metrics=metrics(found), rows=[row for rows in found.values() for row in thinned(rows)])
+
+
+def thinned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every fifth row, for the figure; what the batches between held is summed."""
+    parts = [rows[start : start + EVERY] for start in range(0, len(rows), EVERY)]
+    sums = [[sum(row["solved"][k] for row in part) for k in range(GROUP + 1)] for part in parts]
+    return [{**part[-1], "solved": solved} for part, solved in zip(parts, sums, strict=True)]
 
 
 def metrics(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
