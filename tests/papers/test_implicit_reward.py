@@ -1,0 +1,41 @@
+"""The reproduction of implicit rewards: its parts, one seed, and its figure."""
+
+import tomllib
+from importlib import resources
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from kullback.align.worlds import expected_reward
+from kullback.core.runs import Run
+from kullback.divergences import kl
+from kullback.papers.implicit_reward import reproduce as study
+
+
+def test_the_expert_is_the_tilted_base_and_sft_goes_towards_it(monkeypatch):
+    monkeypatch.setattr(study, "BASE_STEPS", 20)
+    monkeypatch.setattr(study, "STEPS", 40)
+    here = study.setting(1)
+    assert expected_reward(here.log_base, here.reward).item() == pytest.approx(0.0, abs=1e-4)
+    tilt = here.log_expert - here.log_base - here.reward
+    assert (tilt - tilt[0]).abs().max() < 1e-4
+    tuned = study.fine_tuned(here, "tv", 1e-3, 1)
+    with torch.no_grad():
+        assert kl(here.log_expert, tuned.all_log_probs()) < kl(here.log_expert, here.log_base)
+    first, second = here.reward[here.pairs]
+    assert (first > second).float().mean() > 0.6
+
+
+@pytest.mark.reproduce
+def test_one_seed_and_its_figure(tmp_path):
+    report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
+    card = tomllib.loads(resources.files("kullback.papers.implicit_reward").joinpath("card.toml").read_text())
+    assert {claim["metric"] for claim in card["claims"]} <= set(report.metrics)
+    assert report.metrics["post_sft_gain"] < 0.0
+    assert report.metrics["implicit_accuracy_gain"] > 0.03
+    assert report.metrics["drift_reduction_min"] > 0.15
+    at = {row["method"]: row for row in report.rows}
+    assert at["SFT 5e-3"]["drift"] > at["SFT 1e-3"]["drift"] > at["SFT 3e-4"]["drift"]
+    study.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "implicit_reward.svg")
+    assert ElementTree.parse(tmp_path / "implicit_reward.svg").getroot().tag.endswith("svg")
