@@ -1,6 +1,7 @@
 """Samplers and estimators by sampling: kernels as `init` and `step`, batched, with their generator passed in."""
 
 from kullback.sample.backward import backward_mean, backward_sample
+from kullback.sample.compose import Particles, Steps, importance, meaning, mh, pmmh, program, rmsmc, smc, smc2, validate
 from kullback.sample.exact_smoothing import hmm_paths, hmm_smoother, kalman_paths, kalman_smoother
 from kullback.sample.fkc import (
     FKCInfo,
@@ -70,12 +71,14 @@ __all__ = [
     "PPGState",
     "ParisInfo",
     "ParisState",
+    "Particles",
     "PointSet",
     "ProductOfExperts",
     "RewardTilted",
     "Sobol",
     "Stabilisers",
     "StateSpaceModel",
+    "Steps",
     "backward_mean",
     "backward_sample",
     "birth_death_step",
@@ -84,17 +87,26 @@ __all__ = [
     "gaussian_mixture_path",
     "hmm_paths",
     "hmm_smoother",
+    "importance",
     "integrate",
     "kalman_paths",
     "kalman_smoother",
     "log_normalizer",
+    "meaning",
+    "mh",
     "paris",
     "particle_gibbs",
     "path_statistic",
+    "pmmh",
     "ppg",
     "ppg_rollout",
+    "program",
+    "rmsmc",
     "score_ascent",
     "score_statistic",
+    "smc",
+    "smc2",
     "stochastic_em",
     "systematic_resample",
+    "validate",
 ]
