@@ -24,6 +24,7 @@ from kullback.divergences import FDivergence, kl
 __all__ = ["Matching", "matching_dual", "matching_optimum"]
 
 _STEPS = 200
+_ENTRIES = 1 << 15  # of a block of problems, which so stays in the caches
 
 
 class Matching(NamedTuple):
@@ -59,10 +60,12 @@ def matching_dual(
         raise DataError("demonstrator and reference must have mass everywhere: leave out or smooth what has none")
     if divergence is None:
         return Matching(beta * (log_e - log_p), log_e, beta * kl(log_e, log_p))
-    if divergence.name == "total_variation":
-        log_policy, multiplier = _within_limits(log_e, log_p, beta)
-    else:
-        log_policy, multiplier = _solve(divergence, log_e, log_p, beta)
+    log_policy, multiplier = torch.empty_like(log_e.contiguous()), log_e.new_empty(log_e.shape[:-1])
+    rows = [x.reshape(-1, log_e.shape[-1]) for x in (log_policy, log_e, log_p)]
+    step = max(_ENTRIES // log_e.shape[-1], 1)
+    for found, place, e, p in zip(*(x.split(step) for x in (rows[0], multiplier.view(-1), *rows[1:])), strict=True):
+        solved = _within_limits(e, p, beta) if divergence.name == "total_variation" else _solve(divergence, e, p, beta)
+        found.copy_(solved[0]), place.copy_(solved[1])
     reward = beta * (log_policy - log_p) - multiplier.unsqueeze(-1)
     return Matching(reward, log_policy, divergence(log_e, log_policy) + beta * kl(log_policy, log_p))
 
@@ -93,8 +96,9 @@ def _solve(divergence: FDivergence, log_e: Tensor, log_p: Tensor, beta: float) -
     apart = beta * (log_e - log_p)
     low, high = apart.amin(-1, keepdim=True), apart.amax(-1, keepdim=True)
     at = (log_e.exp() * apart).sum(-1, keepdim=True)
+    guess = None
     for _ in range(_STEPS):
-        ratio, slope = _inverse(divergence, at - apart, beta)
+        ratio, slope = _inverse(divergence, at - apart, beta, guess)
         log_policy = log_e + ratio
         total = log_policy.logsumexp(-1, keepdim=True)
         low, high = torch.where(total < 0.0, at, low), torch.where(total > 0.0, at, high)
@@ -103,12 +107,13 @@ def _solve(divergence: FDivergence, log_e: Tensor, log_p: Tensor, beta: float) -
         done = (total.abs() <= 1e-14) | ((step - at).abs() <= 4e-16 * at.abs())
         if done.all():
             break
-        at = torch.where(done, at, step)
+        step = torch.where(done, at, step)
+        guess, at = ratio + (step - at) / slope, step
     return log_policy - total, at.squeeze(-1)
 
 
-def _inverse(divergence: FDivergence, z: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """v with s(v) + beta v = z, and the slope of the left side there; elementwise."""
+def _inverse(divergence: FDivergence, z: Tensor, beta: float, guess: Tensor | None) -> tuple[Tensor, Tensor]:
+    """v with s(v) + beta v = z, and the slope of the left side there; elementwise, from a guess if there is one."""
 
     def from_link(y: Tensor) -> Tensor:
         least, most = divergence.dual().domain
@@ -120,7 +125,7 @@ def _inverse(divergence: FDivergence, z: Tensor, beta: float) -> tuple[Tensor, T
     negative = z < 0.0
     low = torch.where(negative, torch.maximum(*whole), torch.minimum(*half))
     high = torch.where(negative, torch.maximum(*half), torch.minimum(*whole))
-    at = low.clone()
+    at = low if guess is None else guess.clamp(low, high)
     for _ in range(_STEPS):
         with torch.enable_grad():
             place = at.detach().requires_grad_()
