@@ -162,7 +162,8 @@ class MDCSClassifier:
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each row."""
-        return self.classes_[self.expert_logits(X).mean(0).argmax(-1).numpy()]
+        places = self.expert_logits(X).mean(0).argmax(-1).numpy()
+        return self.classes_[places]
 
     def score(self, X: Any, y: Any) -> float:
         """The share of rows whose class is predicted."""
