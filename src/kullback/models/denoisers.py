@@ -162,11 +162,17 @@ class TokenDiscriminator(nn.Module):
     """A logit for each position [b, L], whether z comes from the reference (high) or from the student (low).
 
     A copy of a denoiser with a head of its own, spectrally normalised: linear, SiLU, linear. `trained` says how many of
-    the last blocks learn, with what follows them; the rest is frozen.
+    the last blocks learn, with what follows them; the rest is frozen. spectral=False: a plain linear head, for a
+    `FlatDenoiser`, whose one normalised matrix for all positions would hold every logit close to 0.
     """
 
     def __init__(
-        self, backbone: FlatDenoiser | TransformerDenoiser, *, trained: int = 4, generator: torch.Generator
+        self,
+        backbone: FlatDenoiser | TransformerDenoiser,
+        *,
+        trained: int = 4,
+        spectral: bool = True,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         if trained < 0:
@@ -177,6 +183,9 @@ class TokenDiscriminator(nn.Module):
             block.requires_grad_()
         if isinstance(self.backbone, TransformerDenoiser):
             self.backbone.norm.requires_grad_()
+        if not spectral:
+            self.backbone.head = _linear(backbone.width, backbone.outputs, generator, 0.1)
+            return
         self.backbone.head = nn.Sequential(
             SpectralLinear(backbone.width, backbone.width, generator=generator),
             nn.SiLU(),
