@@ -47,6 +47,26 @@ def test_log_probs_are_those_of_each_unpadded_sequence(model, group):
     assert not torch.allclose(drawn.log_probs[group][drawn.mask[group]], shifted, atol=1e-2), "padding that is read"
 
 
+def test_the_model_works_on_what_has_not_ended(model):
+    sizes = []
+
+    def listen(_, args, given):
+        sizes.append(len(given["input_ids"]))
+
+    hook = model.register_forward_pre_hook(listen, with_kwargs=True)
+    try:
+        drawn = draw_tokens(model, torch.tensor([[1]]), count=20, generator=stream(5), end=(2, 5), group=64)
+    finally:
+        hook.remove()
+    running = drawn.mask.sum(0).tolist()
+    assert sizes[0] == 1
+    assert running[-1] < 16
+    assert all(left <= size < 2 * left or size == left for size, left in zip(sizes[1:], running[1:], strict=True))
+    for row in range(64):
+        tokens = drawn.tokens[row][drawn.mask[row]].tolist()
+        assert torch.allclose(drawn.log_probs[row][drawn.mask[row]], naive(model, [1], tokens, 1.0), atol=2e-5)
+
+
 def test_frequencies_of_a_padded_prompt_are_those_of_the_model(model):
     drawn = draw_tokens(
         model, torch.tensor([[0, 4, 1]]), mask=torch.tensor([[0, 1, 1]]), count=2, generator=stream(2), group=6000

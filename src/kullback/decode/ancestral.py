@@ -61,27 +61,34 @@ def _draw(
 ) -> Drawn:  # fmt: skip
     logits, cache, mask = _read_prompts(model, ids, mask, group)
     ends = torch.tensor(list(end), dtype=torch.long, device=ids.device)
-    running = torch.ones(len(logits), dtype=torch.bool, device=ids.device)
-    tokens: list[Tensor] = []
-    counts: list[Tensor] = []
-    chosen: list[Tensor] = []
-    while len(tokens) < count:
+    rows = torch.arange(len(logits), device=ids.device)  # of the result, that the model still works on
+    running = torch.ones_like(rows, dtype=torch.bool)
+    tokens = ids.new_full((len(rows), count), pad)
+    counts = torch.zeros_like(tokens, dtype=torch.bool)
+    log_probs = torch.zeros(tokens.shape, device=ids.device)
+    for place in range(count):
         scaled = logits[:, -1, :vocabulary].float() / temperature
         step = torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator)
-        log_prob = scaled.gather(1, step).squeeze(1) - scaled.logsumexp(-1)
+        log_prob = (scaled.gather(1, step).squeeze(1) - scaled.logsumexp(-1)).masked_fill(~running, 0.0)
         step = step.squeeze(1).masked_fill(~running, pad)
-        tokens.append(step)
-        counts.append(running)
-        chosen.append(log_prob.masked_fill(~running, 0.0))
+        tokens[rows, place], counts[rows, place], log_probs[rows, place] = step, running, log_prob
         if len(ends):
             running = running & ~torch.isin(step, ends)
-            if not running.any():
-                break
-        if len(tokens) < count:
+            left = int(running.sum())
+            if not left:
+                return Drawn(tokens[:, : place + 1], counts[:, : place + 1], log_probs[:, : place + 1])
+            held = next(iter(cache.values()))
+            if 2 * left <= len(rows) and hasattr(held, "batch_select_indices"):
+                # most have ended: the model goes on with the others alone
+                keep = running.nonzero().squeeze(1)
+                held.batch_select_indices(keep)
+                rows, running, step = rows[keep], running[keep], step[keep]
+                mask = None if mask is None else mask[keep]
+        if place + 1 < count:
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits, cache = _forward(model, step.unsqueeze(1), mask, cache)
-    return Drawn(torch.stack(tokens, 1), torch.stack(counts, 1), torch.stack(chosen, 1))
+    return Drawn(tokens, counts, log_probs)
 
 
 def _read_prompts(
