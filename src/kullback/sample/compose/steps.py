@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ class Numbers:
 
     def __init__(self, source: torch.Generator | Sequence[float] | Tensor) -> None:
         self._generator = source if isinstance(source, torch.Generator) else None
+        self._device = source.device if isinstance(source, torch.Generator) else None
         self._given = torch.empty(0, dtype=torch.float64)
         if not isinstance(source, torch.Generator):
             self._given = torch.as_tensor(source, dtype=torch.float64).flatten()
@@ -51,7 +53,7 @@ class Numbers:
         """The next numbers as a tensor; normal ones are quantiles of uniform ones where those are given."""
         if self._generator is not None:
             make = torch.rand if kind == "uniform" else torch.randn
-            return make(tuple(shape), generator=self._generator, dtype=torch.float64, device=self._generator.device)
+            return make(shape, generator=self._generator, dtype=torch.float64, device=self._device)
         first, self._at = self._at, self._at + math.prod(shape)
         if self._at > len(self._given):
             self._more(1)
@@ -84,7 +86,7 @@ class Steps:
         if log_weight.shape != noise.shape[:-1]:
             wanted, found = tuple(noise.shape[:-1]), tuple(log_weight.shape)
             raise ShapeError(f"step {time} returned log-weights {found} for particles {wanted}: each needs its own")
-        if bool(log_weight.isnan().any()) or bool((log_weight == math.inf).any()):
+        if not float(log_weight.amax()) < math.inf:
             raise DataError(f"a log-weight of step {time} is NaN or infinite: look at its density there")
         return after, log_weight
 
@@ -159,11 +161,11 @@ class Filter:
     noise: Tensor | None = None
     log_density: Tensor | None = None
 
-    def reindexed(self, index: Tensor) -> Filter:
-        """The filter with the particles index [R, m], and the weights as they are."""
+    def reindexed(self, index: Tensor, log_weights: Tensor) -> Filter:
+        """The filter with the particles index [R, m] and these weights."""
         noise = None if self.noise is None else gathered(self.noise, index)
         density = None if self.log_density is None else gathered(self.log_density, index)
-        return Filter(gathered(self.state, index), self.log_weights, self.time, noise, density)
+        return Filter(gathered(self.state, index), log_weights, self.time, noise, density)
 
 
 def begin(model: Steps, shape: tuple[int, int], numbers: Numbers, *, keep: bool = False) -> Filter:
@@ -186,22 +188,32 @@ def onward(model: Steps, now: Filter, numbers: Numbers) -> Filter:
 
 
 def replayed(model: Steps, noise: Tensor) -> tuple[Any, Tensor]:
-    """The state and the summed log-weights [R, n] that belong to noise [R, n, t, sites]."""
-    state, total = model.at(0, None, noise[:, :, 0])
-    for time in range(1, noise.shape[2]):
-        state, log_weight = model.at(time, state, noise[:, :, time])
+    """The state and the summed log-weights [R, n] that belong to noise [R, n, t, sites]; NaN counts as -inf."""
+    first, *others = noise.unbind(2)
+    state, total = model.start(first)
+    for time, now in enumerate(others, start=1):
+        state, log_weight = model.step(state, now, time)
         total = total + log_weight
-    return state, total
+    return state, total if float(total.amax()) < math.inf else total.nan_to_num(nan=-math.inf)
 
 
-def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers) -> Tensor:
-    """Ancestors [R, n] by log-weights [R, n]; a chain without any weight keeps its particles as they are."""
+@lru_cache(maxsize=8)
+def _places(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device)
+
+
+def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, total: Tensor | None = None) -> Tensor:
+    """Ancestors [R, n] by log-weights [R, n]; a chain without any weight keeps its particles as they are.
+
+    total [R, 1]: the logsumexp of the weights, where it is known.
+    """
     chains, count = log_weights.shape
-    share = log_weights.softmax(1)
+    total = log_weights.logsumexp(1, keepdim=True) if total is None else total
+    share = (log_weights - total).exp()  # NaN in a chain without any weight
     ends = share.cumsum(1)
-    places = torch.arange(count, dtype=share.dtype, device=share.device)
+    places = _places(count, share.device)
     if scheme == "systematic":
-        index = torch.searchsorted(ends * count, numbers.take((chains, 1)) + places, right=True)
+        index = _systematic(ends * count, numbers.take((chains, 1)), places)
     elif scheme == "stratified":
         index = torch.searchsorted(ends * count, numbers.take((chains, count)) + places, right=True)
     elif scheme == "multinomial":
@@ -210,9 +222,22 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers) -> Tensor
         index = _residual(share, numbers.take((chains, count)), places)
     else:
         raise ConfigError(f"resampling is multinomial, systematic, stratified or residual, and not {scheme!r}")
-    index = index.clamp(max=count - 1)
-    empty = log_weights.amax(1, keepdim=True) == -math.inf
-    return torch.where(empty, torch.arange(count, device=index.device), index) if bool(empty.any()) else index
+    index = index.clamp_(max=count - 1)
+    if float(total.amin()) > -math.inf:
+        return index
+    return torch.where(total == -math.inf, torch.arange(count, device=index.device), index)
+
+
+def _systematic(ends: Tensor, u: Tensor, places: Tensor) -> Tensor:
+    """In whose share u + 0, u + 1, ... fall; for many particles by how many fall below each end, which is quicker."""
+    chains, count = ends.shape
+    if ends.numel() < 500 or not bool(torch.isfinite(ends[:, -1]).all()):
+        return torch.searchsorted(ends, u + places, right=True)
+    below = (ends - u).ceil_().clamp_(0, count).long()
+    below[:, -1] = count
+    copies = torch.diff(below, dim=1, prepend=below.new_zeros(chains, 1))
+    index = torch.arange(count, device=ends.device).repeat(chains)
+    return index.repeat_interleave(copies.flatten(), output_size=chains * count).view(chains, count)
 
 
 def _residual(share: Tensor, u: Tensor, places: Tensor) -> Tensor:

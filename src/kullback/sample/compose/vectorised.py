@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,19 +65,18 @@ def over(method: Any, model: Steps | Prior, numbers: Numbers, *, chains: int = 1
 
 def resampled(now: Filter, scheme: str, ess_threshold: float, numbers: Numbers) -> Filter:
     """Chains whose effective size is low enough resampled, each particle with an equal share of the total."""
-    weights = now.log_weights
-    count = weights.shape[1]
+    weights, count = now.log_weights, now.log_weights.shape[1]
     total = weights.logsumexp(1, keepdim=True)
     if ess_threshold < 1.0:
         effective = torch.exp(2.0 * total - (2.0 * weights).logsumexp(1, keepdim=True))
         low = (effective <= ess_threshold * count) & (total > -math.inf)
         if not bool(low.any()):
             return now
-        index = torch.where(low, ancestor_index(weights, scheme, numbers), torch.arange(count))
+        index = torch.where(low, ancestor_index(weights, scheme, numbers, total), torch.arange(count))
         after = torch.where(low, (total - math.log(count)).expand_as(weights), weights)
-        return replace(now.reindexed(index), log_weights=after)
-    index = ancestor_index(weights, scheme, numbers)
-    return replace(now.reindexed(index), log_weights=(total - math.log(count)).expand_as(weights))
+        return now.reindexed(index, after)
+    index = ancestor_index(weights, scheme, numbers, total)
+    return now.reindexed(index, (total - math.log(count)).expand_as(weights))
 
 
 def _advance(method: Any, model: Steps, now: Filter, numbers: Numbers) -> Filter:
@@ -104,23 +103,29 @@ def _importance(method: Importance, model: Steps, numbers: Numbers, chains: int)
 def _moved(method: Any, noise: Tensor, kind: Noise, numbers: Numbers) -> Tensor:
     """A proposal for noise [R, n, ...]: one place, all, or one of the blocks of places of each particle."""
     flat = noise.flatten(2)
-    drawn = numbers.take(flat.shape, kind)
-    if method.drift is not None:
-        scale = float(method.drift)
-        if kind == "normal":
-            drawn = math.sqrt(max(1.0 - scale**2, 0.0)) * flat + min(scale, 1.0) * drawn
-        else:
-            step = (flat + scale * torch.special.ndtri(drawn.clamp(2.0**-54, 1.0 - 2.0**-53))) % 2.0
-            drawn = torch.where(step >= 1.0, 2.0 - step, step).clamp(max=1.0 - 2.0**-53)
+    if method.sites == "one":
+        pick = (numbers.take(flat.shape[:2]) * flat.shape[2]).long().unsqueeze(2)
+        return flat.scatter(2, pick, _shifted(method.drift, flat.gather(2, pick), kind, numbers)).view_as(noise)
+    drawn = _shifted(method.drift, flat, kind, numbers)
     if method.sites == "all":
         return drawn.view_as(noise)
     places = torch.arange(flat.shape[2])
-    if method.sites == "one":
-        pick = (numbers.take(flat.shape[:2]) * flat.shape[2]).long().unsqueeze(2)
-        return torch.where(places == pick, drawn, flat).view_as(noise)
     inside = torch.stack([torch.isin(places, torch.tensor(block)) for block in method.sites])
     pick = (numbers.take(flat.shape[:2]) * len(inside)).long()
     return torch.where(inside[pick], drawn, flat).view_as(noise)
+
+
+def _shifted(drift: float | None, noise: Tensor, kind: Noise, numbers: Numbers) -> Tensor:
+    """New noise, or noise moved by a step that keeps its law."""
+    drawn = numbers.take(noise.shape, kind)
+    if drift is None:
+        return drawn
+    if not drift > 0.0:
+        raise ConfigError(f"drift is a standard deviation, above 0, and is {drift}")
+    if kind == "normal":
+        return math.sqrt(max(1.0 - drift**2, 0.0)) * noise + min(drift, 1.0) * drawn
+    step = (noise + drift * torch.special.ndtri(drawn.clamp(2.0**-54, 1.0 - 2.0**-53))) % 2.0
+    return torch.where(step >= 1.0, 2.0 - step, step).clamp(max=1.0 - 2.0**-53)
 
 
 def _accepted(change: Tensor, numbers: Numbers) -> Tensor:
