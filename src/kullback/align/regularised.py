@@ -4,9 +4,9 @@ With s the link of the divergence (f' of arXiv 2309.16240 at the log-ratio) the 
 
     log policy = log reference + s^-1((r - m) / b),    m so that the policy sums to 1.
 
-m is found by Newton's method on F(m) = s(log sum reference exp s^-1((r - m) / b)), a quasi-linear mean of (r - m) / b,
-which is a straight line for equal rewards and for reverse KL, so that three or four steps are enough. m lies between
-r_i - b s(-log p_i) for any i, where that term alone is 1, and max_i r_i, where no ratio exceeds 1.
+m is the root of F(m) = s(log sum reference exp s^-1((r - m) / b)), a quasi-linear mean of (r - m) / b, which is a
+straight line for equal rewards and for reverse KL; so the secant method, kept inside a bracket, needs few steps. m lies
+between max_i r_i - b s(-log p_i), where one term alone is 1, and max_i r_i, where no ratio exceeds 1.
 
 Shapes: log-probabilities and rewards [..., Y], in nats; multipliers [...]. Float64 throughout.
 """
@@ -81,13 +81,14 @@ def _solve(divergence: FDivergence, log_p: Tensor, y: Tensor, tolerance: float) 
     """log policy [n, Y] and m / b [n] for rewards y already divided by b."""
     nothing = log_p == -math.inf if bool((log_p.amin() == -math.inf).item()) else None
     if nothing is not None:
-        log_p, y = log_p.masked_fill(nothing, -1e300), y.masked_fill(nothing, -1e300)
+        least = y.masked_fill(nothing, math.inf).amin(-1, keepdim=True)
+        log_p, y = log_p.masked_fill(nothing, -1e300), torch.where(nothing, least, y)
     low, best = (y - divergence.link(-log_p)).max(-1, keepdim=True)
     # Counted from the reward whose term bounds m, so that a small distance to the end of the domain keeps its digits.
     origin, surprise = y.gather(-1, best), -log_p.gather(-1, best)
     y, at = y - origin, low - origin
     found, place = torch.empty_like(log_p), torch.empty_like(at)
-    rows, high = torch.arange(len(at)), y.amax(-1, keepdim=True)
+    rows, high = torch.arange(len(at), device=at.device), y.amax(-1, keepdim=True)
     low, before, value_before, slope = at, at, at, at
     for count in range(_STEPS):
         log_policy = _log_ratio(divergence, y - at).add_(log_p)
