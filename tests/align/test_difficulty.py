@@ -15,6 +15,7 @@ from kullback.align.difficulty import (
     expected_reward_variance,
     informative_probability,
     kl_to_optimum,
+    offline_prompts,
     pinsker_bound,
     tilted_pass_rate,
     variance_bound,
@@ -149,6 +150,13 @@ def test_filters_on_a_table():
     tenths = torch.tensor([[1.0] * 3 + [0.0] * 7, [1.0] * 7 + [0.0] * 3])
     assert difficulty_filter("balanced", 0.3)(tenths).all(), "0.3 of ten is 3, whatever its rounding"
     assert not DifficultyFilter(low=0.3, high=0.7, low_included=False, high_included=False)(tenths).any()
+
+
+def test_looking_once():
+    table = torch.tensor([[k >= at for at in range(1, 9)] for k in (3, 8, 0, 6, 3, 2)]).float()
+    assert offline_prompts(table, keep=difficulty_filter("balanced")).tolist() == [0, 3, 4, 5]
+    assert offline_prompts(table, keep=difficulty_filter("balanced"), easy_first=True).tolist() == [3, 0, 4, 5]
+    assert offline_prompts(table, keep=difficulty_filter("plain"), easy_first=True).tolist() == [1, 3, 0, 4, 5, 2]
 
 
 def test_graded_rewards_need_some_variance():

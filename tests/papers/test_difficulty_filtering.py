@@ -32,12 +32,27 @@ def test_metrics_count_updates_to_the_best_of_plain():
     found = {
         "plain": rows([0.1, 0.2, 0.5, 0.4]), "balanced": rows([0.2, 0.5, 0.6, 0.6], 100),
         "nonzero": rows([0.1, 0.1, 0.1, 0.1]), "balanced, tracked": rows([0.5, 0.5, 0.5, 0.7]),
+        "offline": rows([0.3] * 4), "easy to hard": rows([0.2] * 4),
     }  # fmt: skip
     got = study.metrics(found)
     assert got["updates_ratio"] == pytest.approx(2 / 3)
     assert got["pass_rate_gain"] == pytest.approx(0.2)
     assert got["nonzero_updates_ratio"] == float("inf")
     assert (got["plain_drawn"], got["balanced_drawn"]) == (64, 400)
+
+
+def test_a_curriculum_goes_from_easy_to_hard():
+    given, weight = study.world(0), torch.zeros(study.FEATURES)
+    start = study.pass_rate(weight, given, slice(0, study.PROMPTS))
+    found = [
+        torch.tensor([start[prompt] for prompt, _ in batch.groups]).mean()
+        for batch, _ in zip(study.batches(weight, given, "easy to hard", 0), range(study.UPDATES), strict=False)
+    ]
+    assert found[0] > 0.9
+    assert found[-1] < 0.1
+    once = next(study.batches(weight, given, "offline", 0))
+    assert len(once.groups) == study.BATCH
+    assert all(0.01 < start[prompt] < 0.99 for prompt, _ in once.groups)
 
 
 def test_rows_are_thinned_and_batches_summed():

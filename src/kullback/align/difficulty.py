@@ -36,6 +36,7 @@ __all__ = [
     "expected_reward_variance",
     "informative_probability",
     "kl_to_optimum",
+    "offline_prompts",
     "pinsker_bound",
     "tilted_pass_rate",
     "variance_bound",
@@ -101,6 +102,21 @@ def difficulty_filter(
     if mode == "plain":
         return DifficultyFilter(low=0.0, high=1.0)
     raise ConfigError(f"a filter is one of balanced, easy, hard, nonzero, plain, not {mode!r}")
+
+
+def offline_prompts(rewards: Tensor, *, keep: DifficultyFilter, easy_first: bool = False) -> Tensor:
+    """The paper's baselines that look once, with the first policy: the numbers of the prompts that a filter keeps.
+
+    rewards [P, G] of the first policy; easy_first: in the order of a curriculum, from high pass rates to low ones, in
+    place of that of their numbers. Raises as the filter does.
+
+    >>> offline_prompts(torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).float(), keep=DifficultyFilter())
+    tensor([0, 2])
+    """
+    kept = keep(rewards).nonzero().squeeze(1)
+    if not easy_first:
+        return kept
+    return kept[rewards[kept].double().mean(1).sort(descending=True, stable=True).indices]
 
 
 def _counts(group: int) -> Tensor:

@@ -66,13 +66,13 @@ class OnlineDifficultySampler:
     """An endless iterator of FilteredBatch; each is one version of the policy, the next begins when it is asked for.
 
     count: prompts; rollout: draws a group's answers, with a seed of its own that depends on the prompt and the pass
-    only; keep: the filter; max_in_flight: groups asked for ahead; workers: threads that roll out; max_draws: of a
-    batch, after which it is given up as short (None: four passes); short_batch: "scale" hands out what there is,
-    "repeat" fills up with groups again, "raise" is a DataError; max_staleness: versions that a group may be behind;
-    reuse: train on the answers that passed the filter (as published), or on fresh ones of the same prompts, which the
-    filter has not selected; ordered: take results in order, or False for as they come; tracker: spends rollouts where
-    they are likely to be kept, in each pass on a prompt with a chance in proportion to that, of at least `floor`.
-    Close it, or use it in a with statement, to stop the workers.
+    only; keep: the filter; max_in_flight: groups asked for ahead, at 1 without a thread; workers: threads that roll
+    out; max_draws: of a batch, after which it is given up as short (None: four passes); short_batch: "scale" hands out
+    what there is, "repeat" fills up with groups again, "raise" is a DataError; max_staleness: versions that a group may
+    be behind; reuse: train on the answers that passed the filter (as published), or on fresh ones of the same prompts,
+    which the filter has not selected; ordered: take results in order, or False for as they come; tracker: spends
+    rollouts where they are likely to be kept, in each pass on a prompt with a chance in proportion to that, of at least
+    `floor`. Close it, or use it in a with statement, to stop the workers.
     Raises ConfigError for numbers out of range.
     """
 
@@ -210,7 +210,14 @@ class OnlineDifficultySampler:
                     place = 0
                 (prompt, turn), version = self._queue[place], self.version
                 del self._queue[place]
-            self._asked.append(_Asked(prompt, turn, version, self._workers.submit(self._roll, prompt, turn, version)))
+            self._asked.append(_Asked(prompt, turn, version, self._submit(prompt, turn, version)))
+
+    def _submit(self, prompt: int, turn: int, version: int) -> Future[tuple[Any, Tensor, Tensor]]:
+        if self.max_in_flight > 1:
+            return self._workers.submit(self._roll, prompt, turn, version)
+        done: Future[tuple[Any, Tensor, Tensor]] = Future()  # nothing would run beside it: no thread is needed
+        done.set_result(self._roll(prompt, turn, version))
+        return done
 
     def _next_pass(self) -> list[tuple[int, int]]:
         """All prompts in random order, or with a tracker those that a draw of each one's own lets through."""

@@ -8,14 +8,21 @@ policy learns from 0/1 rewards by GRPO, on batches as they come or filtered. The
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kullback.align.difficulty import PassRateTracker, best_pass_rate, difficulty_filter, kl_to_optimum, variance_bound
+from kullback.align.difficulty import (
+    PassRateTracker,
+    best_pass_rate,
+    difficulty_filter,
+    kl_to_optimum,
+    offline_prompts,
+    variance_bound,
+)
 from kullback.align.difficulty_sampler import FilteredBatch, OnlineDifficultySampler, StarvationWarning
 from kullback.align.policy_gradient import clipped_policy_loss, grouped_advantages
 from kullback.core.rng import generator
@@ -27,7 +34,7 @@ __all__ = ["draw", "reproduce"]
 PROMPTS, ANSWERS, FEATURES = 200, 12, 24  # prompts to train on, and as many to test
 DEVIATION, LIFT = 8.0, 1.5
 BATCH, GROUP, UPDATES, RATE = 16, 8, 150, 0.15
-MODES = ("plain", "balanced", "nonzero", "balanced, tracked")
+MODES = ("plain", "balanced", "nonzero", "balanced, tracked", "offline", "easy to hard")
 EVERY = 5  # updates between the points of the figure
 TILT = 2.0  # 1 / beta of the drawn bound
 
@@ -67,34 +74,54 @@ def train(given: World, mode: str, seed: int) -> list[dict[str, Any]]:
     weight = torch.zeros(FEATURES, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=RATE)
     test, rows, drawn = slice(PROMPTS, None), [], 0
+    for update, batch in zip(range(1, UPDATES + 1), batches(weight, given, mode, seed), strict=False):
+        step(optimizer, weight, given, batch)
+        drawn += batch.draws
+        reached = float(pass_rate(weight, given, test).mean())
+        solved = batch.rewards.sum(1).long().bincount(minlength=GROUP + 1).tolist()
+        rows.append({"mode": mode, "update": update, "drawn": drawn, "pass_rate": reached, "solved": solved})
+    return rows
 
-    def rollout(prompt: int, source: int, version: int) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            law = log_policy(weight, given, torch.tensor([prompt])).exp()
-        found = torch.multinomial(law[0], GROUP, replacement=True, generator=generator(source, "answers"))
-        return found, (found == given.right[prompt]).float()
 
-    tracker = PassRateTracker(PROMPTS, forgetting=0.5) if "tracked" in mode else None
-    keep = difficulty_filter(mode.split(",")[0])  # type: ignore[arg-type]
+def batches(weight: Tensor, given: World, mode: str, seed: int) -> Iterator[FilteredBatch]:
+    """Batches of a mode, from the weights as they then stand: filtered while training, once before it, or sorted."""
+    tracker = PassRateTracker(PROMPTS, forgetting=0.5) if mode == "balanced, tracked" else None
+    filters = {"balanced": "balanced", "balanced, tracked": "balanced", "nonzero": "nonzero"}
+    keep = difficulty_filter(filters.get(mode, "plain"))  # type: ignore[arg-type]
+    chosen = torch.arange(PROMPTS)
+    if mode in ("offline", "easy to hard"):
+        first = torch.stack([rollout(weight, given, prompt, seed)[1] for prompt in range(PROMPTS)])
+        once = difficulty_filter("balanced" if mode == "offline" else "plain")
+        chosen = offline_prompts(first, keep=once, easy_first=mode == "easy to hard")
+
+    def rolled(number: int, source: int, version: int) -> tuple[tuple[int, Tensor], Tensor]:
+        if mode == "easy to hard":  # the window of a batch moves from the easy end to the hard one
+            number = min(version * (PROMPTS - BATCH) // UPDATES + number, PROMPTS - 1)
+        answers, rewards = rollout(weight, given, int(chosen[number]), source)
+        return (int(chosen[number]), answers), rewards
+
+    count = BATCH if mode == "easy to hard" else len(chosen)
     with warnings.catch_warnings(), OnlineDifficultySampler(
-        PROMPTS, rollout, keep, batch_size=BATCH, max_in_flight=1, max_draws=PROMPTS, tracker=tracker, seed=seed
+        count, rolled, keep, batch_size=BATCH, max_in_flight=1, max_draws=PROMPTS, tracker=tracker, seed=seed
     ) as sampler:
         warnings.simplefilter("ignore", StarvationWarning)  # towards the end there is little left to learn
-        for update, batch in zip(range(1, UPDATES + 1), sampler, strict=False):
-            step(optimizer, weight, given, batch)
-            drawn += batch.draws
-            reached = float(pass_rate(weight, given, test).mean())
-            solved = batch.rewards.sum(1).long().bincount(minlength=GROUP + 1).tolist()
-            rows.append({"mode": mode, "update": update, "drawn": drawn, "pass_rate": reached, "solved": solved})
-    return rows
+        yield from sampler
+
+
+def rollout(weight: Tensor, given: World, prompt: int, seed: int) -> tuple[Tensor, Tensor]:
+    """GROUP answers to a prompt and their rewards."""
+    with torch.no_grad():
+        law = log_policy(weight, given, torch.tensor([prompt])).exp()
+    found = torch.multinomial(law[0], GROUP, replacement=True, generator=generator(seed, "answers", prompt))
+    return found, (found == given.right[prompt]).float()
 
 
 def step(optimizer: torch.optim.Optimizer, weight: Tensor, given: World, batch: FilteredBatch) -> None:
     """One update on the kept groups; a short batch counts for less."""
     if not len(batch.prompts):
         return
-    answers = torch.stack(batch.groups)
-    log_prob = log_policy(weight, given, batch.prompts).gather(1, answers).reshape(-1, 1)
+    prompts, answers = zip(*batch.groups, strict=True)
+    log_prob = log_policy(weight, given, torch.tensor(prompts)).gather(1, torch.stack(answers)).reshape(-1, 1)
     advantages = grouped_advantages(batch.rewards).reshape(-1)
     loss = batch.scale * clipped_policy_loss(log_prob, log_prob.detach(), advantages, torch.ones_like(log_prob))
     optimizer.zero_grad()
@@ -134,6 +161,8 @@ def metrics(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float
         "nonzero_updates_ratio": until("nonzero", "update") / best["update"],
         "nonzero_pass_rate_gain": last["nonzero"]["pass_rate"] - plain,
         "tracked_pass_rate_gain": last["balanced, tracked"]["pass_rate"] - plain,
+        "offline_pass_rate_gain": last["offline"]["pass_rate"] - plain,
+        "easy_to_hard_pass_rate_gain": last["easy to hard"]["pass_rate"] - plain,
         "plain_pass_rate": plain,
         "plain_drawn": float(last["plain"]["drawn"]),
         "balanced_drawn": float(last["balanced"]["drawn"]),
