@@ -9,8 +9,9 @@ import torch
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import TeacherOutput
-from kullback.distill import balanced_kl, bdkd_loss, bdkd_teacher_loss, bdkd_weights
+from kullback.distill import balanced_kl, bdkd_loss, bdkd_objective, bdkd_teacher_loss, bdkd_weights
 from kullback.distill.objective import Objective
+from kullback.distill.top_k import keep_top
 from kullback.divergences import from_logits, jeffreys, kl, reverse_kl
 
 TEACHER = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.2, 0.1, 0.0, -0.1]], dtype=torch.float64)
@@ -148,6 +149,27 @@ def test_the_divergence_at_a_power_is_the_loss(generator, temperature):
     wanted = bdkd_loss(teacher[:, :-1], student[:, :-1], delta=3.0, temperature=temperature)["loss"]
     found = objective.loss(TeacherOutput(logits=teacher), student, labels)
     assert found.item() == pytest.approx(wanted.item(), abs=1e-12)
+
+
+def test_the_objective_of_a_language_model(generator):
+    teacher, student = logits(generator, 2, 5, 9)
+    labels = torch.randint(0, 9, (2, 5), generator=generator)
+    objective = bdkd_objective(delta=3.0, temperature=2.0, cross_entropy=0.4, squared_temperature=True)
+    found = objective.loss(TeacherOutput(logits=teacher), student, labels)
+    parts = bdkd_loss(teacher[:, :-1], student[:, :-1], labels[:, 1:], delta=3.0, temperature=2.0)
+    wanted = 0.6 * 4.0 * parts["distillation"] + 0.4 * parts["cross_entropy"]
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-12)
+    assert objective.on_own_samples().cross_entropy == 0.0
+    log_p = teacher.log_softmax(-1)
+    ids, top, tail = keep_top(log_p, 4)
+    coarse = TeacherOutput(top_ids=ids, top_log_probs=top, tail_log_prob=tail)
+    whole = bdkd_objective(cross_entropy=0.0).loss(TeacherOutput(logits=teacher), student, labels)
+    assert 0.0 < bdkd_objective(cross_entropy=0.0).loss(coarse, student, labels).item() != whole.item()
+    soft = bdkd_objective(mode="bdkd_soft", width=0.2, cross_entropy=0.0)
+    assert soft.loss(TeacherOutput(logits=teacher), student, labels).item() != pytest.approx(whole.item(), rel=1e-6)
+    for wrong in ({"delta": 0.0}, {"mode": "bdkd_soft"}, {"gate": "label"}, {"gate_temperature": 0.0}, {"width": 1.0}):
+        with pytest.raises(ConfigError):
+            bdkd_objective(**wrong)
 
 
 # --- gradients

@@ -3,7 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kullback.distill.bd_kd import BalanceWeights, balanced_kl, bdkd_loss, bdkd_teacher_loss, bdkd_weights
+from kullback.distill.bd_kd import (
+    BalanceWeights,
+    balanced_kl,
+    bdkd_loss,
+    bdkd_objective,
+    bdkd_teacher_loss,
+    bdkd_weights,
+)
 from kullback.distill.bottleneck import CSIBLoss, fgsm, pgd
 from kullback.distill.mcmi import CMIMeter, class_centroids, effective_dimension, empirical_cmi, mcmi_loss
 from kullback.distill.mcmi_teacher import (
@@ -49,6 +56,7 @@ __all__ = [
     "balanced_kl",
     "balanced_subset",
     "bdkd_loss",
+    "bdkd_objective",
     "bdkd_teacher_loss",
     "bdkd_weights",
     "class_centroids",

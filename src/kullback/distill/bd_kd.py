@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -26,10 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.reduce import masked_mean
+from kullback.distill.objective import Objective
 from kullback.divergences import from_logits, kl, reverse_kl
 from kullback.divergences.fused import check_pair
 
-__all__ = ["BalanceWeights", "Gate", "Mode", "balanced_kl", "bdkd_loss", "bdkd_teacher_loss", "bdkd_weights"]
+__all__ = [
+    "BalanceWeights", "Gate", "Mode", "balanced_kl", "bdkd_loss", "bdkd_objective", "bdkd_teacher_loss", "bdkd_weights",
+]  # fmt: skip
 
 Mode = Literal["bdkd", "bdkd_inverse", "bdkd_soft", "jeffreys", "reverse", "dml"]
 Gate = Literal["entropy", "confidence", "label"]
@@ -430,3 +434,35 @@ def bdkd_teacher_loss(
     parts = {"distillation": from_logits(divergence, *logits, temperature)}
     weight = alpha * (temperature**2 if squared_temperature else 1.0)
     return _summed(parts, teacher_logits, labels, weight, mask, count)
+
+
+def bdkd_objective(
+    *,
+    delta: float = 2.0,
+    mode: Mode = "bdkd",
+    gate: Literal["entropy", "confidence"] = "entropy",
+    gate_temperature: float = 1.0,
+    width: float = 0.0,
+    cross_entropy: float = 0.2,
+    temperature: float = 1.0,
+    squared_temperature: bool = False,
+) -> Objective:
+    """The objective of a language model whose teacher is fixed: a gate for each token, from live or truncated teachers.
+
+    width: of the gate of mode="bdkd_soft", 0 in the others. A truncated teacher's tail is one outcome, to the gate too.
+    The other options are those of `bdkd_weights` and `Objective`. Raises ConfigError for options out of range.
+
+    >>> bdkd_objective(delta=3.0, temperature=2.0).temperature
+    2.0
+    """
+    if not gate_temperature > 0.0:
+        raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
+    options: dict[str, Any] = {"delta": delta, "mode": mode, "gate": gate, "width": width or None}
+    divergence = partial(balanced_kl, power=temperature / gate_temperature, **options)
+    objective = Objective(
+        divergence=divergence, cross_entropy=cross_entropy, temperature=temperature,
+        squared_temperature=squared_temperature,
+    )  # fmt: skip
+    one = torch.zeros(1, 1)
+    divergence(one, one)  # what is wrong with the options is said before a run begins
+    return objective
