@@ -231,12 +231,13 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, total: Te
 def _systematic(ends: Tensor, u: Tensor, places: Tensor) -> Tensor:
     """In whose share u + 0, u + 1, ... fall; for many particles by how many fall below each end, which is quicker."""
     chains, count = ends.shape
-    if ends.numel() < 500 or not bool(torch.isfinite(ends[:, -1]).all()):
+    if ends.numel() < 4000 or not bool(torch.isfinite(ends[:, -1]).all()):
         return torch.searchsorted(ends, u + places, right=True)
     below = (ends - u).ceil_().clamp_(0, count).long()
     below[:, -1] = count
     copies = torch.diff(below, dim=1, prepend=below.new_zeros(chains, 1))
-    index = torch.arange(count, device=ends.device).repeat(chains)
+    index = torch.arange(count, device=ends.device)
+    index = index if chains == 1 else index.repeat(chains)
     return index.repeat_interleave(copies.flatten(), output_size=chains * count).view(chains, count)
 
 
