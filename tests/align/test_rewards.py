@@ -157,6 +157,11 @@ def test_nothing_else_is_evaluated(expression):
         arithmetic_value(expression)
 
 
+def test_an_expression_among_other_numbers():
+    prompts = ["In 2024 - long ago - what was 7*6?", "room 12: 3+4=", "(1/0) or 5"]
+    assert ArithmeticReward()(prompts, ["42", "7", "5"]) == [1.0, 1.0, 1.0]
+
+
 def test_a_prompt_without_an_expression_is_the_datas_fault():
     with pytest.raises(DataError, match="no integer expression"):
         score(ArithmeticReward(), ["what?"], ["1"])

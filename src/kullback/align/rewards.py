@@ -20,6 +20,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -249,8 +250,8 @@ class ExactReward:
 class ArithmeticReward:
     """1 where the completion's first integer, or its last, is the value of the integer expression in the prompt.
 
-    The prompt's expression is the longest run of digits, brackets and operators in it; a prompt without one, or with
-    one that has no value, is a DataError.
+    The prompt's expression is the longest run of digits, brackets and operators in it that has a value; a prompt
+    without one is a DataError.
 
     >>> ArithmeticReward()(["12+7=", "What is (2+3)*4?"], ["19", "24"])
     [1.0, 0.0]
@@ -264,10 +265,10 @@ class ArithmeticReward:
         ]
 
     def _value(self, prompt: str) -> int:
-        found = _EXPRESSION.findall(prompt)
-        if not found:
-            raise DataError(f"the prompt {prompt[:80]!r} has no integer expression to be solved")
-        return arithmetic_value(max(found, key=len).strip())
+        for found in sorted(_EXPRESSION.findall(prompt), key=len, reverse=True):
+            with suppress(DataError):
+                return arithmetic_value(found.strip())
+        raise DataError(f"the prompt {prompt[:80]!r} has no integer expression with a value")
 
     def _answer(self, text: str) -> int | None:
         found = _INTEGER.findall(text)
