@@ -15,6 +15,8 @@ import torch
 
 from kullback.core.checkpoint import load_state, save_state
 from kullback.core.types import Kernel
+from kullback.models.masked_diffusion import LogLinearSchedule, mdm_exact_distribution
+from kullback.models.masked_diffusion_sampling import AncestralSampler
 from kullback.optim.chains import base_chain
 from kullback.optim.srrw import srrw
 from kullback.sample.exact_smoothing import kalman_paths, kalman_smoother
@@ -226,7 +228,25 @@ def correctors() -> dict[str, Row]:
     }
 
 
-TABLE: dict[str, Row] = {**smoothers(), **correctors(), **walks()}
+def diffusions() -> dict[str, Row]:
+    """Ancestral sampling of 4 symbols from a denoiser that is a table, whose law at 3 steps is enumerated."""
+    table = torch.randn(4, 4, 4, 4, 4, 3, generator=seeded(0), dtype=torch.float64)
+    linear = LogLinearSchedule(0.0)
+    law = mdm_exact_distribution(lambda z, t: table[tuple(z.T)], 3, 4, 3, schedule=linear)
+    others = [tuple(place for place in range(4) if place != one) for one in range(4)]
+    target = torch.stack([law.sum(other) @ torch.arange(3.0, dtype=torch.float64) for other in others])
+
+    def row(**options: Any) -> Row:
+        sampler = AncestralSampler(lambda z, t: table[tuple(z.T)], steps=3, mask_id=3, schedule=linear, **options)
+        return Row(
+            sampler, begin=lambda kernel, generator, chains: kernel.init(chains, 4),
+            value=lambda state, info: state.z.double(), target=target, steps=3, chains=3000,
+        )  # fmt: skip
+
+    return {"masked diffusion": row(), "masked diffusion, no cache": row(cache=False)}
+
+
+TABLE: dict[str, Row] = {**smoothers(), **diffusions(), **correctors(), **walks()}
 
 
 @pytest.mark.parametrize("law", LAWS)

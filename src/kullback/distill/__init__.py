@@ -12,6 +12,9 @@ from kullback.distill.bd_kd import (
     bdkd_weights,
 )
 from kullback.distill.bottleneck import CSIBLoss, fgsm, pgd
+from kullback.distill.didi import grouped_advantages, two_step_trajectory
+from kullback.distill.didi_sampler import RGASampler
+from kullback.distill.didi_trainer import DiDiSettings, DiDiTrainer
 from kullback.distill.mcmi import CMIMeter, class_centroids, effective_dimension, empirical_cmi, mcmi_loss
 from kullback.distill.mcmi_teacher import (
     CentroidTracker,
@@ -40,6 +43,8 @@ __all__ = [
     "CSIBLoss",
     "CSIBRegressor",
     "CentroidTracker",
+    "DiDiSettings",
+    "DiDiTrainer",
     "MCMISettings",
     "MCMITeacherTrainer",
     "MDCSClassifier",
@@ -51,6 +56,7 @@ __all__ = [
     "OnlineNetworks",
     "PLDLoss",
     "PLDTrainer",
+    "RGASampler",
     "SinkhornKD",
     "TwoViews",
     "balanced_kl",
@@ -66,12 +72,14 @@ __all__ = [
     "empirical_cmi",
     "fgsm",
     "finetune_teacher",
+    "grouped_advantages",
     "kd_loss",
     "mcmi_loss",
     "mdcs_loss",
     "pgd",
     "pld_objective",
     "sinkd_loss",
+    "two_step_trajectory",
     "zero_shot_distill",
 ]
 
