@@ -10,6 +10,8 @@ from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.rng import generator as stream
 from kullback.stream import bandits
 from kullback.stream.bandits import simulate as sim
+from kullback.stream.bandits.lower_bounds import kl_upper_bound
+from kullback.stream.bandits.stochastic import kl_ucb_budget
 
 pytest.importorskip("numba")
 
@@ -42,6 +44,46 @@ def test_compiled_policy_pulls_the_arms_of_the_policy_object(name, generator):
     assert torch.equal(fast.pulls, naive.pulls)
     torch.testing.assert_close(fast.curves, naive.curves, rtol=0, atol=1e-9)
     assert fast.pulls.min() < fast.pulls.max()
+
+
+WORLDS = {
+    "coins": torch.tensor([0.6, 0.5, 0.5, 0.4]),
+    "rare": torch.tensor([0.02, 0.01, 0.01, 0.0]),
+    "sure": torch.tensor([1.0, 0.9, 0.5, 1.0]),
+    "many": torch.cat([torch.tensor([0.7]), torch.full((29,), 0.5)]),
+}
+
+
+def largest_indices(table, factor):
+    """Arms by KL-UCB with every index computed in every round, ties to the lowest number."""
+    counts, sums, chosen = np.zeros(table.shape[1]), np.zeros(table.shape[1]), []
+    for moment, row in enumerate(table):
+        arm = moment
+        if moment >= len(row):
+            level = kl_ucb_budget(moment, factor)
+            arm = int(np.argmax([kl_upper_bound(s / n, level / n) for s, n in zip(sums, counts, strict=True)]))
+        counts[arm] += 1.0
+        sums[arm] += row[arm]
+        chosen.append(arm)
+    return chosen
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.0, -0.5])
+@pytest.mark.parametrize("name", WORLDS)
+def test_kl_ucb_pulls_as_if_every_index_were_computed(name, factor, generator):
+    """Coins, so that many indices tie; the loop computes one in ten."""
+    means = WORLDS[name].double()
+    table = (torch.rand(1500, len(means), generator=generator, dtype=torch.float64) < means).double().numpy()
+    found = sim.simulate(
+        "kl_ucb", sim.RewardTable(table), 1500, generator=generator, points=1500, ties="first", factor=factor
+    )
+    chosen = largest_indices(table, factor)
+    assert found.pulls[0].tolist() == np.bincount(chosen, minlength=len(means)).tolist()
+    received = np.cumsum(table[np.arange(1500), chosen])
+    expected = torch.from_numpy(table.cumsum(0).max(1) - received)
+    torch.testing.assert_close(found.curves[0], expected, rtol=0, atol=1e-9)
+    if name != "sure":
+        assert chosen != largest_indices(table, factor + 0.5)
 
 
 LAWS = {

@@ -143,6 +143,16 @@ def test_kl_ucb_index_is_above_every_larger_candidate(generator):
     assert index.max() == exact.max()
 
 
+def test_kl_ucb_prefers_an_arm_that_always_pays():
+    """Its index is 1, and above that of an arm with one reward, whose bound by Pinsker is 1 as well."""
+    policy = bandits.KLUCB(2, ties="first")
+    policy.update(0, 0.5, None)
+    for _ in range(20_000):
+        policy.update(1, 1.0, None)
+    index = policy.index(policy.seen)
+    assert index[1] == 1.0 > index[0]
+
+
 def test_ucb_v_knows_the_variance(generator):
     """Two arms without any: UCB-V needs of the order of 1/gap pulls of the worse one, UCB1 of 1/gap^2."""
     policies = bandits.UCBV(2, horizon=3000), bandits.UCB1(2, horizon=3000)

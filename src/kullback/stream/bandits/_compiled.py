@@ -220,40 +220,6 @@ def drawn(room, row, total, z):
 
 
 @compiled
-def choose_kl(level, room, first, z):
-    """The arm of KL-UCB's largest index, ties at random unless `first`.
-
-    With an index q in hand, that of arm a is larger only if n_a kl(m_a, q) < level, which takes no logarithm if m log m
-    + (1-m) log(1-m) is kept (LOGARITHMS). So few are solved for, beginning with that of the largest m + root(2 m
-    (1-m) level / n), the index to second order (of which WEIGHTS keeps what does not change).
-    """
-    top, count, root, value = 0, 1, math.sqrt(level), -1.0
-    for arm in range(room.shape[1]):
-        other = room[MEANS, arm] + root * room[WEIGHTS, arm]
-        if other > value:
-            top, value = arm, other
-    begin = top
-    highest = kl_upper_bound(room[MEANS, top], level / room[COUNTS, top])
-    log_yes, log_no = math.log(max(highest, 1e-300)), math.log(max(1.0 - highest, 1e-300))
-    for arm in range(room.shape[1]):
-        mean, seen = room[MEANS, arm], room[COUNTS, arm]
-        divergence = room[LOGARITHMS, arm] - mean * log_yes - (1.0 - mean) * log_no
-        if arm != begin and seen * divergence <= level + 1e-9 * (1.0 + seen):
-            index = kl_upper_bound(mean, level / seen)
-            if index > highest:
-                top, count, highest = arm, 1, index
-                log_yes, log_no = math.log(max(highest, 1e-300)), math.log(max(1.0 - highest, 1e-300))
-            elif index == highest and first:
-                top = min(top, arm)
-            elif index == highest:
-                count += 1
-                z += GOLDEN
-                if uniform(z) * count < 1.0:
-                    top = arm
-    return top, z
-
-
-@compiled
 def posterior_draws(kind, options, room, z):
     """A draw from every arm's posterior, Beta or Gaussian, written to INDEX."""
     for arm in range(room.shape[1]):
@@ -307,12 +273,8 @@ def exponential_law(mixing, room):
 @compiled
 def choose(kind, moment, level, options, room, first, z):
     """The arm of round `moment`; a law that it was drawn from is left in INDEX, times options[5]."""
-    arms, arm = room.shape[1], 0
-    if kind == KL_UCB:
-        arm = moment - 1
-        if moment > arms:
-            arm, z = choose_kl(level, room, first, z)
-    elif kind >= EXP3:
+    arm = 0
+    if kind >= EXP3:
         options[5] = tsallis(level, room) if kind == TSALLIS else exponential_law(options[1], room)
         arm, z = drawn(room, INDEX, options[5], z)
     else:
@@ -363,13 +325,7 @@ def learn(kind, options, arm, reward, room):
     """Take in the reward of an arm."""
     room[COUNTS, arm] += 1.0
     room[SUMS, arm] += reward
-    if kind == KL_UCB:
-        mean = room[SUMS, arm] / room[COUNTS, arm]
-        room[MEANS, arm], room[LOGARITHMS, arm] = mean, 0.0
-        room[WEIGHTS, arm] = math.sqrt(2.0 * mean * (1.0 - mean) / room[COUNTS, arm])
-        if 0.0 < mean < 1.0:
-            room[LOGARITHMS, arm] = mean * math.log(mean) + (1.0 - mean) * math.log(1.0 - mean)
-    elif kind == TSALLIS:
+    if kind == TSALLIS:
         room[WEIGHTS, arm] += (1.0 - reward) * options[5] / room[INDEX, arm]
     elif kind == EXP3:
         exp3(options, arm, reward, room)

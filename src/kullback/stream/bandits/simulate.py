@@ -23,7 +23,7 @@ from kullback.core.types import Policy
 from kullback.stream.bandits._policy import Floats, floats, stream_states, uniform
 from kullback.stream.bandits.adversarial import exp3_rate
 from kullback.stream.bandits.experts import hedge_rate
-from kullback.stream.bandits.stochastic import explore_first_pulls, kl_ucb_budget
+from kullback.stream.bandits.stochastic import explore_first_pulls, kl_ucb_budgets
 
 __all__ = ["Bernoulli", "Gaussian", "RegretResult", "RewardTable", "exact_regret", "fooling_table", "simulate"]
 
@@ -115,14 +115,18 @@ def simulate(
             _play(policy(), truths[run % len(truths)], deviation, table, steps, source, curves[run], pulls[run])
     else:
         kind, numbers, schedule, first = _named(policy, truths.shape[1], horizon, options)
-        from kullback.stream.bandits._compiled import run_many
+        from kullback.stream.bandits._compiled import KL_UCB, run_many
+        from kullback.stream.bandits._compiled_kl import run_kl_ucb
 
         given = None if deviation < 0.0 else table
 
         def part(rows: slice) -> None:
             truth = truths if len(truths) == 1 else truths[rows]
-            fixed = (kind, numbers, schedule, truth, deviation, given, table, steps, first)
-            run_many(*fixed, seeds[rows], curves[rows], pulls[rows])
+            if kind == KL_UCB:
+                run_kl_ucb(schedule, truth, deviation, given, steps, first, seeds[rows], curves[rows], pulls[rows])
+            else:
+                fixed = (kind, numbers, schedule, truth, deviation, given, table, steps, first)
+                run_many(*fixed, seeds[rows], curves[rows], pulls[rows])
 
         size = math.ceil(runs / workers)
         with ThreadPoolExecutor(workers) as pool:
@@ -271,7 +275,7 @@ SCHEDULES: Mapping[str, _Plan] = {
     "kl_ucb": _Plan(
         "kl_ucb",
         {"factor": 3.0, "ties": "random"},
-        lambda o, K, T: ([], [kl_ucb_budget(max(moment - 1, 0), o["factor"]) for moment in range(T + 1)]),
+        lambda o, K, T: ([], kl_ucb_budgets(T, o["factor"])),
     ),
     "thompson_beta": _Plan("thompson_beta", {"prior": (1.0, 1.0)}, lambda o, K, T: (o["prior"], [0.0])),
     "thompson_gaussian": _Plan(

@@ -172,6 +172,12 @@ def kl_ucb_budget(rounds: int, factor: float) -> float:
     return max(log + factor * math.log(log), 0.0) if log > 0.0 else 0.0
 
 
+def kl_ucb_budgets(horizon: int, factor: float) -> Floats:
+    """The same of every round 0 (as round 1) to `horizon` at once."""
+    logs = np.log(np.maximum(np.arange(horizon + 1), 2.0))
+    return np.maximum(logs + factor * np.log(logs), 0.0)
+
+
 def KLUCB(arms: int, *, factor: float = 3.0, **options: Any) -> IndexPolicy:
     """Optimism by the coin's own divergence: the largest q with n kl(mean, q) <= log t + factor log log t.
 
@@ -188,7 +194,7 @@ def KLUCB(arms: int, *, factor: float = 3.0, **options: Any) -> IndexPolicy:
         highest = kl_upper_bound(float(seen.means[top]), budget / float(played[top]))
         inside = min(max(highest, 1e-300), 1.0 - 1e-16)
         divergence = special.kl_div(seen.means, inside) + special.kl_div(1.0 - seen.means, 1.0 - inside)
-        larger = played * divergence <= budget + 1e-9 * (1.0 + played)
+        larger = (played * divergence <= budget + 1e-9 * (1.0 + played)) | (seen.means > highest)
         bounds[~larger] = np.minimum(bounds[~larger], np.nextafter(highest, 0.0))
         for arm in np.flatnonzero(larger & (bounds > -math.inf)).tolist():
             bounds[arm] = kl_upper_bound(float(seen.means[arm]), budget / float(played[arm]))
