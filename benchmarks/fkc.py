@@ -88,6 +88,8 @@ def bare(size, weight=2.0):
                 x = x.add(mixed, alpha=step.h).add_(noise, alpha=math.sqrt(step.h))
         return x
 
+    with torch.no_grad():
+        first(torch.zeros(count, *shape), torch.tensor(1.0))  # as below
     return call
 
 

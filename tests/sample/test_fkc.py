@@ -415,8 +415,8 @@ def test_births_and_deaths_follow_their_rates():
     wanted = torch.diag(1 - dies) + dies.unsqueeze(1) * births
     found = torch.nn.functional.one_hot(taken, 4).double().mean(0)
     assert bool(((found - wanted).abs() <= 6 * (wanted * (1 - wanted) / 20_000).sqrt() + 1e-12).all())
-    still = birth_death_step(torch.zeros(1, 5), generator=seeded(1))
-    assert still.tolist() == [[0, 1, 2, 3, 4]]
+    still = birth_death_step(torch.tensor([[0.0] * 5, [9.0] + [-9.0] * 4, [0.0] * 5]), generator=seeded(1))
+    assert still.tolist() == [[0, 1, 2, 3, 4], [0] * 5, [0, 1, 2, 3, 4]]
 
 
 # --- the sampler's accounts ---

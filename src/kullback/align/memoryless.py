@@ -204,8 +204,9 @@ class MemorylessAlignment:
             rows = torch.repeat_interleave(torch.arange(len(left)), left + 1)
             begin = (left + 1).cumsum(0) - (left + 1)
             taken = torch.arange(len(rows)) - begin[rows]
-            log_mass = log_mass[rows] + taken * log_p - torch.lgamma(taken.double() + 1.0)
-            reward, left = reward[rows] + taken * r, left[rows] - taken
+            times = taken.double()  # a whole number times a number of Python is single precision
+            log_mass = log_mass[rows] + times * log_p - torch.lgamma(times + 1.0)
+            reward, left = reward[rows] + times * r, left[rows] - taken
         log_mass = log_mass + left * self.log_p[-1] - torch.lgamma(left.double() + 1.0)
         return log_mass, reward + left * self.reward[-1]
 

@@ -217,7 +217,7 @@ def solve_tilt_for_kl(
     else:
         beta = _roots(flat, rewards, budget.expand(shape).reshape(-1), limit, tolerance).view(shape)
     log_policy = _tilted(log_p, r, beta)
-    return TiltSolution(beta, log_policy, kl(log_policy, log_p), (log_policy.exp() * r).sum(-1))
+    return TiltSolution(beta, log_policy, kl(log_policy, log_p).clamp(min=0.0), (log_policy.exp() * r).sum(-1))
 
 
 def _roots(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
@@ -315,7 +315,7 @@ def best_of_n_kl(log_reference: Tensor, reward: Tensor, n: float, *, tie_toleran
     tensor(0.5764, dtype=torch.float64)
     """
     log_p, r = _checked(log_reference, reward)
-    return kl(best_of_n_law(log_p, r, n, tie_tolerance=tie_tolerance), log_p)
+    return kl(best_of_n_law(log_p, r, n, tie_tolerance=tie_tolerance), log_p).clamp(min=0.0)
 
 
 def best_of_n_kl_upper(n: float | Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import Kernel
-from kullback.sample.draws import Generators, draw_index, normal, uniform
+from kullback.sample.draws import Generators, normal, uniform
 from kullback.sample.fkc_paths import Schedule, Step, steps_of
 from kullback.sample.fkc_targets import Evaluation, Target
 
@@ -211,11 +211,17 @@ def birth_death_step(increments: Tensor, *, generator: Generators) -> Tensor:
         raise ConfigError(f"births and deaths take increments [R, K] with K >= 2, got {tuple(increments.shape)}")
     excess = (increments - increments.mean(1, keepdim=True)).double()
     numbers = uniform((*increments.shape, 2), generator)
-    dies = numbers[..., 0] < -torch.expm1(excess.clamp(max=0.0))
-    # Where all are alike nobody dies, and any positive weight will do.
-    births = excess.clamp(min=torch.finfo(torch.float64).tiny).log()
-    stay = torch.arange(increments.shape[1], device=increments.device)
-    return torch.where(dies, draw_index(births, numbers[..., 1].contiguous()), stay)
+    rows, size = increments.shape
+    taken = torch.arange(size, device=increments.device).repeat(rows, 1)
+    swarm, place = (numbers[..., 0] < -torch.expm1(excess.clamp(max=0.0))).nonzero(as_tuple=True)
+    if len(swarm):
+        # One search for the dying of all swarms: that of swarm i runs from i to i + 1.
+        births = excess.clamp_(min=0.0).cumsum(1)
+        births = births / births[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+        line = births + torch.arange(rows, device=excess.device).unsqueeze(1)
+        found = torch.searchsorted(line.flatten(), swarm + numbers[swarm, place, 1], right=True)
+        taken[swarm, place] = torch.minimum(found - swarm * size, torch.full_like(found, size - 1))
+    return taken
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
