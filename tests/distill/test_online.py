@@ -231,6 +231,19 @@ def test_the_trainer_trains_both_at_their_own_rates_and_resumes(tmp_path):
         assert torch.equal(flat(net), flat(resumed.model.networks[name])), name
 
 
+def test_the_trainer_evaluates_the_smallest_network(tmp_path):
+    seen = {}
+    trainer = trainer_of(tmp_path, compute_metrics=lambda found: seen.update(logits=found.predictions) or {"rows": 1.0})
+    data = [trainer.train_dataset[i] for i in range(4)]
+    metrics = trainer.evaluate(data)
+    ids, labels = (torch.stack([row[name] for row in data]) for name in ("input_ids", "labels"))
+    with torch.no_grad():
+        wanted = trainer.model(labels=labels, input_ids=ids)
+    assert metrics["eval_loss"] == pytest.approx(wanted["loss"].item(), rel=1e-5)
+    assert metrics["eval_rows"] == 1.0
+    assert torch.allclose(torch.from_numpy(seen["logits"]), wanted["logits"], atol=1e-6)
+
+
 def test_accumulation_does_not_change_the_step(tmp_path):
     whole, parts = (trainer_of(tmp_path / str(n), steps=1, batch=8 // n, accumulate=n) for n in (1, 4))
     whole.train()

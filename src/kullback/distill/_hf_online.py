@@ -91,7 +91,7 @@ class OnlineDistillationTrainer(Trainer):
         loss = outputs["loss"]
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
-        return (loss, {name: value for name, value in outputs.items() if name != "loss"}) if return_outputs else loss
+        return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is None and self.model is not None:
