@@ -229,7 +229,7 @@ def linear_steps(data: Tensor, coefficient: Any = COEFFICIENT) -> Steps:
 def simulated(source: torch.Generator) -> Tensor:
     """Observations [LENGTH] of the chain."""
     x = SCALE / math.sqrt(1.0 - COEFFICIENT**2) * torch.randn((), generator=source, dtype=torch.float64)
-    seen = []
+    seen: list[Tensor] = []
     for noise in torch.randn(LENGTH, 2, generator=source, dtype=torch.float64).unbind(0):
         x = x if not seen else COEFFICIENT * x + SCALE * noise[0]
         seen.append(x + noise[1])
@@ -310,9 +310,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 gaps.text(1.3e-3, place, "0", color=color, va="center", fontsize=8)
         gaps.set(xscale="log", xlim=(1e-3, 3.0), ylim=(len(bars) - 0.5, -0.5), title="largest gap to the meaning")
         gaps.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7)
-        for code, mark in zip(PROGRAMS, "osD^", strict=True):
-            found = [(row["outcomes"], names.index(row["algorithm"])) for row in valid if row["program"] == code]
-            listed.semilogx(*zip(*found, strict=True), mark, markersize=4, label=code)
+        for code, mark in zip(PROGRAMS, "osD^", strict=False):
+            points = [(row["outcomes"], names.index(row["algorithm"])) for row in valid if row["program"] == code]
+            listed.semilogx(*zip(*points, strict=True), mark, markersize=4, label=code)
         listed.set(title="outcomes of an algorithm's law", ylim=(len(names) - 0.5, -0.5))
         listed.set_yticks(range(len(names)), names, fontsize=7)
         listed.legend(frameon=False, fontsize=7, loc="upper right", bbox_to_anchor=(1.0, 0.45))
