@@ -124,7 +124,7 @@ def import_direction(source: Source) -> list[str]:
         if other != room and RANK[other] >= RANK[room]:
             if not {(room, other), (source.name, other)} & EXCEPTIONS:
                 found.append(f"line {line}: {room} imports {other}")
-        elif room == other == "papers" and len(inner) > 1 and parts[2:] and parts[2] != inner[0]:
+        elif room == other == "papers" and len(inner) > 1 and parts[2:] and parts[2] not in (inner[0], "comparison"):
             found.append(f"line {line}: the paper {inner[0]} imports {parts[2]}")
     return found
 

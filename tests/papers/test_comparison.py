@@ -8,7 +8,7 @@ from kullback import cli
 from kullback.core.errors import ConfigError
 from kullback.core.runs import Run
 from kullback.papers import comparison
-from kullback.papers.rooms import align
+from kullback.papers.rooms import align, distill
 
 
 def test_the_table_has_means_and_spreads_in_the_order_of_the_rows():
@@ -38,10 +38,10 @@ def test_rooms_without_a_comparison(tmp_path, capsys):
 
 def test_the_align_room_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(align, "_STEPS", 3)
-    monkeypatch.setattr("kullback.jobs._align_methods.method_names", lambda: ["sft", "grpo"])
+    monkeypatch.setattr("kullback.jobs._align_methods.method_names", lambda: ["sft", "grpo", "kdrl"])
     run = Run.start(tmp_path / "run", {}, kind="comparison", seed=0)
     rows = align.compare(run)
-    assert [row["method"] for row in rows] == ["before", "sft", "grpo"]
+    assert [row["method"] for row in rows] == ["before", "sft", "grpo", "kdrl"]
     for row in rows:
         assert row["task"] == "sums"
         assert row.keys() - {"task", "method"} <= set(align.COLUMNS)
@@ -50,3 +50,26 @@ def test_the_align_room_in_small(tmp_path, monkeypatch):
     assert rows[0]["divergence"] == pytest.approx(0.0, abs=1e-9)
     align.draw([{**row, "seed": 0} for row in rows], tmp_path / "align.svg")
     assert (tmp_path / "align.svg").read_text().count("<svg") == 1
+
+
+def test_the_distill_room_in_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "_STEPS", 60)
+    run = Run.start(tmp_path / "run", {}, kind="comparison", seed=0)
+    rows = distill._digits(run)
+    assert [row["method"] for row in rows] == ["teacher", *distill._losses()]
+    for row in rows:
+        assert row.keys() - {"task", "method"} <= set(distill.COLUMNS)
+        assert 0.3 < row["accuracy"] <= 1.0
+    assert rows[0]["accuracy"] == max(row["accuracy"] for row in rows)
+    prose = [{"task": "prose", "method": name, "cross_entropy": 5.0} for name in ("teacher", "kl")]
+    distill.draw([{**row, "seed": 0} for row in [*rows, *prose]], tmp_path / "distill.svg")
+    assert (tmp_path / "distill.svg").stat().st_size > 10_000
+
+
+def test_the_clock_counts_steps():
+    clock = comparison.StepClock()
+    assert clock.milliseconds is None
+    for step in range(3):
+        clock({"kind": "progress", "step": step})
+        clock({"kind": "loss", "step": step})
+    assert 0.0 <= clock.milliseconds < 1000.0

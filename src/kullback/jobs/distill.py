@@ -42,7 +42,7 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimised: `name`, a divergence of the family, "sinkd" or "pld", with its options, mixed with
+    """What is minimised: `name`, a divergence of the family, "sinkd", "pld" or "bd-kd", with its options, mixed with
     cross-entropy.
 
     cross_entropy: its share; left out, it is 0.2, and 0 for pld, which holds the label already. temperature: of both
@@ -143,9 +143,10 @@ def _builders() -> dict[str, Callable[..., Objective]]:
     A builder takes keywords that have defaults, numbers or strings: those of `_SHARED` that mean something to it, and
     its own options. Whether it can do with a truncated teacher or the student's own samples, the Objective says.
     """
+    from kullback.distill.bd_kd import bdkd_objective
     from kullback.distill.pld import pld_objective
 
-    return {"pld": pld_objective, "sinkd": _sinkd}
+    return {"bd_kd": bdkd_objective, "pld": pld_objective, "sinkd": _sinkd}
 
 
 def _sinkd(

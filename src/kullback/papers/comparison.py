@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +23,27 @@ from kullback.core.errors import ConfigError
 from kullback.core.files import atomic_write, finite
 from kullback.core.runs import Run
 
-__all__ = ["Comparison", "compare_room", "compared_rooms"]
+__all__ = ["Comparison", "StepClock", "compare_room", "compared_rooms"]
 
 Listener = Callable[[Mapping[str, Any]], None]
 _FOLDER = Path(__file__).parent / "rooms"
+
+
+class StepClock:
+    """A job's listener that keeps when each step ended."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "progress":
+            self._times.append(time.perf_counter())
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The median from one step to the next; None of less than two steps."""
+        gaps = [later - earlier for earlier, later in pairwise(self._times)]
+        return 1000 * statistics.median(gaps) if gaps else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,8 @@ those that it is trained on, since a pair or a completion says nothing about ano
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kullback.data.arithmetic import sum_examples
 from kullback.data.examples import Example
 from kullback.figures import figure
 from kullback.models.adder import trained_adder
+from kullback.papers.comparison import StepClock
 
 __all__ = ["COLUMNS", "SEEDS", "THREADS", "compare", "draw"]
 
@@ -38,10 +37,13 @@ def compare(run: Run) -> list[dict[str, Any]]:
     """A row for the model as it starts out, and one for each method."""
     from kullback.jobs._align_methods import method_names
 
+    sums = run.path / "sums.jsonl"
+    if not sums.exists():
+        atomic_write(sums, "".join(json.dumps(_record(example)) + "\n" for example in sum_examples()))
     rows: list[dict[str, Any]] = []
     for name in method_names():
-        report, milliseconds = _align(run, name)
-        before, after = report["rows"]
+        folder, milliseconds = _align(run, name, name, _STEPS, _references(run, name))
+        before, after = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
         if not rows:
             rows.append({"task": _TASK, "method": "before", **_numbers(before)})
         rows.append({"task": _TASK, "method": name, **_numbers(after), "milliseconds": milliseconds})
@@ -49,31 +51,35 @@ def compare(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _align(run: Run, name: str) -> tuple[Mapping[str, Any], float]:
+def _references(run: Run, name: str) -> tuple[str, ...]:
+    """What a method needs beside the model: parents of a soup, which learnt a little apart, or a teacher."""
+    wanted = {"salsa": {"parent-a": _STEPS // 6, "parent-b": _STEPS // 6}, "kdrl": {"teacher": _STEPS}}.get(name, {})
+    return tuple(
+        str(_align(run, "sft", folder, max(steps, 1), (), seed=place)[0] / "model")
+        for place, (folder, steps) in enumerate(wanted.items())
+    )
+
+
+def _align(
+    run: Run, name: str, folder: str, steps: int, reference: tuple[str, ...], *, seed: int | None = None
+) -> tuple[Path, float | None]:
+    """The finished run directory of a method, and milliseconds a step."""
     from kullback.jobs import align as job
     from kullback.jobs._align_methods import chosen_method
 
-    base, sums = job.embedded(), run.path / "sums.jsonl"
-    if not sums.exists():
-        atomic_write(sums, "".join(json.dumps(_record(example)) + "\n" for example in sum_examples()))
-    data = replace(base.data, train=str(sums), validation=str(sums), validation_prompts=100)
+    base, sums = job.embedded(), str(run.path / "sums.jsonl")
+    data = replace(base.data, train=sums, validation=sums, validation_prompts=100)
     method = job.MethodConfig(name=name, options=_OPTIONS.get(name, {}))
     a_prompt = {"online": _GROUP, "pair": 2, "completion": 1}[chosen_method(method).kind]
-    training = replace(
-        base.training, steps=_STEPS, batch=_COMPLETIONS // a_prompt, evaluate_every=_STEPS, save_every=_STEPS
-    )
-    model = str(trained_adder())
-    config = replace(base, model=model, data=data, method=method, training=training, seeds=(run.seed,))
-    times: list[float] = []
-
-    def listen(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "progress":
-            times.append(time.perf_counter())
-
-    done = job.run(config, run.path / name, listen=listen, resume=(run.path / name).exists())
-    steps = sorted(later - earlier for earlier, later in pairwise(times))
-    report: Mapping[str, Any] = json.loads((done.path / "report.json").read_text(encoding="utf-8"))
-    return report, 1000 * steps[len(steps) // 2] if steps else float("nan")
+    batch = _COMPLETIONS // a_prompt
+    training = replace(base.training, steps=steps, batch=batch, evaluate_every=steps, save_every=steps)
+    config = replace(
+        base, model=str(trained_adder()), reference=reference, data=data, method=method, training=training,
+        seeds=(run.seed if seed is None else seed,),
+    )  # fmt: skip
+    clock, place = StepClock(), run.path / folder
+    done = job.run(config, place, listen=clock, resume=place.exists())
+    return done.path, clock.milliseconds
 
 
 def _record(example: Example) -> dict[str, Any]:
