@@ -77,7 +77,7 @@ def test_the_student_comes_to_the_law_of_the_data_which_its_teacher_misses():
     """At first its distance is 0.56; without the intermediate state, or without its score, it stays there."""
     assert distilled() < 0.3
     for kind in ("one_step", "direct_score"):
-        assert distilled(trajectory=kind) > 0.5
+        assert distilled(120, trajectory=kind) > 0.5
 
 
 def test_a_step_moves_student_discriminator_and_average_as_told():
