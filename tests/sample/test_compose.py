@@ -447,6 +447,7 @@ def test_drawn_runs_agree_with_the_exact_measure(generator):
         chain = run(MH(1500, **options), hmm((1, 0, 1)), generator=generator)
         assert sum(path[1] for path in chain.values) / 1500 == pytest.approx(float(share), abs=0.17)
         assert 0.3 < chain.accepted < 0.99
+    assert run(MH(50, accept=lambda old, new: F(1)), hmm((1, 0, 1)), generator=generator).accepted == 1.0
 
 
 def test_drawn_parameters_agree_with_the_joint_measure(generator):
@@ -587,6 +588,8 @@ def test_bad_input(generator):
         (lambda: SMC(2, -1), ConfigError, "num_steps"),
         (lambda: SMC(2, resampler="magic"), ConfigError, "magic"),
         (lambda: Rejection(0), ConfigError, "bound"),
+        (lambda: SMC2(given_model, 0, 1, 1), ConfigError, "num_parameters"),
+        (lambda: PMMH(given_model, 1, resampler="magic"), ConfigError, "magic"),
         (lambda: run(SMC(2), coin()), ConfigError, "generator"),
         (lambda: run(SMC(2), coin(), layer="gpu"), ConfigError, "layer"),
         (lambda: run(SMC(2), coin(), layer="torch", generator=generator), ConfigError, "tensors take Steps"),

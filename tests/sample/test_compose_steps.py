@@ -11,6 +11,7 @@ import torch
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.sample import LinearGaussianModel, kalman_smoother
 from kullback.sample.compose import (
+    MH,
     SMC,
     Importance,
     Numbers,
@@ -289,6 +290,7 @@ def test_bad_input(generator):
         (lambda: run(Rejection(1), good, generator=generator), ConfigError, "does not run over tensors"),
         (lambda: run(Importance(2), coefficients(), generator=generator), ConfigError, "takes a Steps"),
         (lambda: pmmh(coefficients(), lambda theta: 3, 2, 2, generator=generator), ConfigError, "Steps program"),
+        (lambda: run(MH(1, accept=max), good, generator=generator), ConfigError, "one by one"),
         (lambda: mh(good, 0, generator=generator), ConfigError, "num_steps"),
         (lambda: run(SMC(2), good, layer="enum"), ConfigError, "others programs"),
         (lambda: ancestor_index(torch.zeros(1, 2), "magic", Numbers(generator)), ConfigError, "magic"),

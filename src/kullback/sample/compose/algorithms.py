@@ -232,6 +232,7 @@ class PMMH:
 
     def __post_init__(self) -> None:
         _positive(num_particles=self.num_particles, num_steps=self.num_steps)
+        resample(scheme=self.resampler)
 
     def start(self, base: Representation, program: Program) -> Program:
         """The prior, and then the evidence of a filter as a factor, whose draws no trace records."""
@@ -263,6 +264,11 @@ class SMC2:
     resampler: str = "systematic"
     sites: Any = "one"
     drift: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive(num_parameters=self.num_parameters, num_particles=self.num_particles)
+        _positive(num_steps=self.num_steps, mh_steps=self.mh_steps)
+        resample(scheme=self.resampler)
 
     def on(self, base: Representation, program: Program) -> Represented:
         inner = SMC(self.num_particles, self.num_steps, self.resampler)

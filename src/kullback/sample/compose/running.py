@@ -78,7 +78,8 @@ def _chain(method: MH | PMMH, program: Program, numbers: Numbers) -> Chain:
     values, densities, accepted = [], [], 0
     for _ in range(method.num_steps):
         before: Trace = pair[1]
-        step = mh_step(Represented(traced, traced.inner.of(Ret(pair))), sites=method.sites, drift=method.drift)
+        here = Represented(traced, traced.inner.of(Ret(pair)))
+        step = mh_step(here, sites=method.sites, drift=method.drift, accept=getattr(method, "accept", None))
         _, pair = base.draw(step.value, numbers)
         accepted += pair[1] is not before
         values.append(pair[1].value)

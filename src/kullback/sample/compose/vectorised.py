@@ -169,6 +169,8 @@ def _collected(states: list[Any]) -> Any:
 
 
 def _mh(method: MH, model: Steps, numbers: Numbers, chains: int) -> Chain:
+    if method.accept is not None:
+        raise ConfigError("accept is of traces one by one: over tensors leave it out")
     now = begin(model, (chains, 1), numbers, keep=True)
     while now.time < model.length - 1:
         now = onward(model, now, numbers)
