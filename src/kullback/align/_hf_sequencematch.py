@@ -1,0 +1,124 @@
+"""SequenceMatch inside transformers.Trainer: windows of text, a buffer of own trajectories, two forwards a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from kullback.align.sequencematch import Divergence, sequencematch_loss
+from kullback.core.errors import ConfigError
+from kullback.core.rng import generator
+from kullback.decode.backspace import (
+    Layout,
+    additive_mask,
+    backspace_layout,
+    generate_with_backspace,
+    inject_noise,
+)
+
+__all__ = ["SequenceMatchSettings", "SequenceMatchTrainer", "layout_logits", "with_backspace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceMatchSettings:
+    """noise: the share of positions of the data before which a wrong token and a backspace are put; refresh_every:
+    steps between new trajectories, samples of `length` visible tokens each time, of which `kept` stay in the buffer;
+    nll_share: of the likelihood in the loss at the end, from 1 at the first step, linearly over the first half.
+    Raises ConfigError for values out of range.
+    """
+
+    noise: float = 0.1
+    mask_noise: bool = True
+    alpha: float = 100.0
+    gamma: float = 0.95
+    divergence: Divergence = "chi2_mixture"
+    nll_share: float = 0.2
+    refresh_every: int = 25
+    samples: int = 32
+    kept: int = 64
+    length: int = 40
+
+    def __post_init__(self) -> None:
+        if min(self.refresh_every, self.samples, self.length) < 1 or self.kept < self.samples:
+            raise ConfigError("refresh_every, samples and length are 1 or more, and kept is at least samples")
+
+    def share(self, step: int, steps: int) -> float:
+        """The likelihood's share at a step of so many."""
+        return max(self.nll_share, 1.0 - (1.0 - self.nll_share) * 2.0 * step / max(steps, 1))
+
+
+def layout_logits(model: Any, layout: Layout) -> Tensor:
+    """The logits [B, T, V] of a layout's stream: each token sees its ancestors, at its depth."""
+    found: Tensor = model(
+        input_ids=layout.input_ids, position_ids=layout.position_ids,
+        attention_mask=additive_mask(layout.attention, next(model.parameters()).dtype), use_cache=False,
+    ).logits  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def with_backspace(model: Any) -> int:
+    """Grow a model by one action in place, the backspace, and return its id: the mean of the head's rows to begin with.
+
+    Its input embedding is never used.
+    """
+    size: int = model.get_output_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size + 1, mean_resizing=False)
+    head = model.get_output_embeddings()
+    head.weight[size] = head.weight[:size].mean(0)
+    if head.bias is not None:
+        head.bias[size] = head.bias[:size].mean()
+    return size
+
+
+class SequenceMatchTrainer(Trainer):
+    """A Trainer on windows {"input_ids": [L]} of a model with a backspace; `settings`, `backspace`, `begin` and `seed`
+    come by keyword. Every `refresh_every` steps the buffer takes in new trajectories of the model as it is.
+    """
+
+    def __init__(
+        self, *args: Any, settings: SequenceMatchSettings, backspace: int, begin: int, seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings, self.backspace, self.begin, self.stream = settings, backspace, begin, seed
+        self.buffer: list[Tensor] = []
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        step, options = self.state.global_step, self.settings
+        ids = inputs["input_ids"]
+        draw = generator(self.stream, "sequencematch", step, self.args.process_index, device=ids.device)
+        if not self.buffer or step % options.refresh_every == 0:
+            self._refresh(draw)
+        actions, weights = inject_noise(
+            ids, share=options.noise, vocabulary=self.backspace, backspace=self.backspace, generator=draw,
+            mask_noise=options.mask_noise,
+        )  # fmt: skip
+        data = backspace_layout(actions, backspace=self.backspace, begin=self.begin, weights=weights)
+        own = backspace_layout(self._sampled(len(ids), draw), backspace=self.backspace, begin=self.begin)
+        output = sequencematch_loss(
+            layout_logits(model, data), data, layout_logits(model, own), own, backspace=self.backspace,
+            alpha=options.alpha, gamma=options.gamma, divergence=options.divergence, terminal="bootstrap",
+            nll_share=options.share(step, self.state.max_steps),
+        )  # fmt: skip
+        return (output.loss, {}) if return_outputs else output.loss
+
+    def _refresh(self, draw: torch.Generator) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        found = generate_with_backspace(
+            policy, self.settings.samples, backspace=self.backspace, begin=self.begin, length=self.settings.length,
+            most_actions=3 * self.settings.length, generator=draw,
+        )  # fmt: skip
+        self.buffer = [*found, *self.buffer][: self.settings.kept]
+
+    def _sampled(self, count: int, draw: torch.Generator) -> Tensor:
+        places = torch.randint(len(self.buffer), (count,), generator=draw, device=draw.device).tolist()
+        rows = [self.buffer[place] for place in places]
+        width = max(len(row) for row in rows)
+        return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-100) for row in rows])

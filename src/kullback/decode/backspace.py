@@ -1,0 +1,242 @@
+"""Text with a backspace: an action appends a token or removes the last visible one.
+
+A layout turns actions into one forward pass: every token that was ever appended stands in the stream once, attends to
+the tokens that were visible when it came (its ancestors), and has its depth as position. The state after a backspace
+is that of the parent, whose logits are there already: nothing is read again, and nothing that was deleted is seen.
+
+Shapes: B rows, A actions, T = 1 + tokens appended (the first is the begin token), V vocabulary with the backspace.
+Source: arXiv 2306.05426.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+
+__all__ = ["Layout", "additive_mask", "backspace_layout", "generate_with_backspace", "inject_noise", "visible_text"]
+
+PAD = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """input_ids, position_ids [B, T] and attention [B, T, T] (true: the row's token sees the column's) of the stream.
+
+    actions [B, A], PAD where a row has ended; state_index, next_index [B, A]: the stream's place of the state before
+    and after each action; weight [B, A]: of each action in a loss, 0 for padding; depth [B, A]: visible tokens before.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention: Tensor
+    actions: Tensor
+    state_index: Tensor
+    next_index: Tensor
+    weight: Tensor
+    depth: Tensor
+
+    @property
+    def held(self) -> Tensor:
+        """Actions that are not padding [B, A]."""
+        return self.actions != PAD
+
+
+def backspace_layout(actions: Tensor, *, backspace: int, begin: int, weights: Tensor | None = None) -> Layout:
+    """The layout of actions [B, A], padded with -100 on the right; weights [B, A], 1 by default.
+
+    Raises ShapeError, and DataError for a backspace where nothing is visible, padding inside a row, or negative ids.
+
+    >>> layout = backspace_layout(torch.tensor([[5, 6, 9, 7]]), backspace=9, begin=0)
+    >>> layout.input_ids, layout.state_index, layout.next_index
+    (tensor([[0, 5, 6, 7]]), tensor([[0, 1, 2, 1]]), tensor([[1, 2, 1, 3]]))
+    """
+    if actions.ndim != 2 or not actions.shape[1] or (weights is not None and weights.shape != actions.shape):
+        raise ShapeError(f"actions are [B, A] with an action at least, and weights alike, got {tuple(actions.shape)}")
+    held = actions != PAD
+    if (held[:, 1:] & ~held[:, :-1]).any() or (actions[held] < 0).any():
+        raise DataError("actions are token ids from 0 on, with -100 for padding at the end of a row only")
+    deletes = actions == backspace
+    appends = held & ~deletes
+    depth = (appends.long() - deletes.long()).cumsum(1)
+    if (depth < 0).any():
+        raise DataError("a backspace where nothing is visible: remove it, or mask the action there")
+    places = torch.where(appends, appends.long().cumsum(1), 0)  # of the token in the stream, from 1 on
+    after = _latest_at_depth(depth, places)
+    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
+    rows, columns = appends.nonzero(as_tuple=True)
+    size = int(appends.sum(1).max()) + 1
+    ids = torch.full((len(actions), size), begin, device=actions.device)
+    positions, parents = torch.zeros_like(ids), torch.zeros_like(ids)
+    slots = places[rows, columns]
+    ids[rows, slots] = actions[rows, columns]
+    positions[rows, slots] = depth[rows, columns]
+    parents[rows, slots] = before[rows, columns]
+    weight = held.float() if weights is None else torch.where(held, weights, 0.0)
+    depth_before = torch.cat([torch.zeros_like(depth[:, :1]), depth[:, :-1]], 1)
+    return Layout(ids, positions, _ancestors(parents), actions, before, after, weight, depth_before)
+
+
+def _latest_at_depth(depth: Tensor, places: Tensor) -> Tensor:
+    """For each time the stream's place of the last token appended so far at the depth of that time; 0 at depth 0.
+
+    Whenever the depth falls below, the way back appends a token there anew, so the last one is the visible one.
+    """
+    count = depth.shape[1]
+    times = torch.arange(count, device=depth.device)
+    order = (depth * count + times).argsort(1)
+    marked = torch.where(places > 0, depth * (count + 1) + places, depth * (count + 1)).gather(1, order)
+    latest = marked.cummax(1).values - depth.gather(1, order) * (count + 1)
+    return torch.empty_like(latest).scatter(1, order, latest)
+
+
+def _ancestors(parents: Tensor) -> Tensor:
+    """What each token of the stream sees [B, T, T]: what its parent sees, and itself."""
+    batch, size = parents.shape
+    seen = torch.zeros(batch, size, size, dtype=torch.bool, device=parents.device)
+    rows = torch.arange(batch, device=parents.device)
+    seen[:, 0, 0] = True
+    for place in range(1, size):
+        seen[:, place] = seen[rows, parents[:, place]]
+        seen[:, place, place] = True
+    return seen
+
+
+def additive_mask(attention: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, 1, T, T], 0 where a token is seen and the lowest number of the type elsewhere, as transformers takes it."""
+    zeros = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
+    return zeros.masked_fill(~attention, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def visible_text(actions: Tensor, *, backspace: int) -> list[list[int]]:
+    """The tokens that are visible at the end of each row of actions [B, A], replayed on a stack.
+
+    >>> visible_text(torch.tensor([[5, 6, 9, 7]]), backspace=9)
+    [[5, 7]]
+    """
+    found = []
+    for row in actions.tolist():
+        stack: list[int] = []
+        for action in row:
+            if action == backspace:
+                stack.pop()
+            elif action != PAD:
+                stack.append(action)
+        found.append(stack)
+    return found
+
+
+def inject_noise(
+    ids: Tensor,
+    *,
+    share: float,
+    vocabulary: int,
+    backspace: int,
+    generator: torch.Generator,
+    mask_noise: bool = True,
+    exclude: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(actions, weights) [B, A]: before each token of ids [B, L], with chance share, a wrong token and a backspace.
+
+    mask_noise: the wrong token itself has weight 0, so that a model learns to delete it and not to write it; exclude:
+    from (ids, proposed) both [B, L] to those proposals [B, L] that could be right, at which nothing is inserted.
+    Raises ConfigError for a share outside [0, 1) or a vocabulary without another token.
+    """
+    if not 0.0 <= share < 1.0 or vocabulary < 2:
+        raise ConfigError(f"share lies in [0, 1) and the vocabulary has two tokens at least: {share}, {vocabulary}")
+    chosen = torch.rand(ids.shape, generator=generator, device=ids.device) < share
+    shift = torch.randint(1, vocabulary, ids.shape, generator=generator, device=ids.device)
+    wrong = (ids + shift) % vocabulary  # never the token itself
+    if exclude is not None:
+        chosen &= ~exclude(ids, wrong)
+    width = ids.shape[1] + 2 * int(chosen.sum(1).max())
+    at = torch.arange(ids.shape[1], device=ids.device) + 2 * chosen.long().cumsum(1)
+    actions = torch.full((len(ids), width), PAD, device=ids.device)
+    weights = torch.zeros(len(ids), width, device=ids.device)
+    actions.scatter_(1, at, ids)
+    weights.scatter_(1, at, 1.0)
+    rows, columns = chosen.nonzero(as_tuple=True)
+    place = at[rows, columns]
+    actions[rows, place - 2] = wrong[rows, columns]
+    actions[rows, place - 1] = backspace
+    weights[rows, place - 2] = 0.0 if mask_noise else 1.0
+    weights[rows, place - 1] = 1.0
+    return actions, weights
+
+
+@torch.no_grad()
+def generate_with_backspace(
+    model: Any,
+    rows: int,
+    *,
+    backspace: int,
+    begin: int,
+    length: int,
+    most_actions: int,
+    generator: torch.Generator,
+    end: int | None = None,
+    replace: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Actions [rows, A] of a model until `length` tokens are visible, `end` is taken, or most_actions were.
+
+    The logits of every visible state are kept, so a backspace costs no forward pass of its own; deleted tokens stay in
+    the key-value cache and are masked. replace: from tokens [n] that are to be appended to those that are, as a noisy
+    channel would. Raises ConfigError.
+    """
+    if rows < 1 or length < 1 or most_actions < length:
+        given = f"{rows}, {length} and {most_actions}"
+        raise ConfigError(f"rows and length are 1 or more and most_actions is at least length, got {given}")
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        return _generate(
+            model, rows, (backspace, begin, end), length, most_actions, generator, replace, torch.device(device)
+        )
+    finally:
+        model.train(training)
+
+
+def _generate(
+    model: Any, rows: int, special: tuple[int, int, int | None], length: int, most: int, generator: torch.Generator,
+    replace: Callable[[Tensor], Tensor] | None, device: torch.device,
+) -> Tensor:  # fmt: skip
+    backspace, begin, end = special
+    everyone = torch.arange(rows, device=device)
+    token, depth = torch.full((rows, 1), begin, device=device), torch.zeros(rows, dtype=torch.long, device=device)
+    out = model(input_ids=token, position_ids=depth.unsqueeze(1), use_cache=True)
+    logits = out.logits[:, -1].float()
+    stack = logits.new_zeros(rows, length + 1, logits.shape[-1])  # the logits of each visible state
+    stack[:, 0] = logits
+    seen = torch.ones(rows, 1, dtype=torch.long, device=device)
+    where = torch.zeros(rows, length + 1, dtype=torch.long, device=device)  # the cache's place of each visible token
+    done, actions = torch.zeros(rows, dtype=torch.bool, device=device), []
+    for number in range(1, most + 1):
+        current = stack[everyone, depth]
+        current[depth == 0, backspace] = -torch.inf
+        action = torch.multinomial(current.softmax(-1), 1, generator=generator).squeeze(1)
+        delete = (action == backspace) & ~done
+        if replace is not None:
+            action = torch.where(delete, action, replace(action))
+        actions.append(torch.where(done, PAD, action))
+        seen[everyone[delete], where[everyone[delete], depth[delete]]] = 0
+        append = ~delete & ~done
+        depth = depth + append.long() - delete.long()
+        stop = append & ((depth >= length) | (action == end if end is not None else torch.zeros_like(append)))
+        done = done | stop
+        if done.all() or number == most:
+            break
+        name = "cache" if "cache" in out else "past_key_values"  # before and since transformers 5.24
+        cache = {name: out[name]}
+        seen = torch.cat([seen, append.long().unsqueeze(1)], 1)
+        where[everyone[append], depth[append]] = number
+        token = torch.where(append, action, begin).unsqueeze(1)
+        mask = seen.clone()
+        mask[:, -1] = 1  # a row that has deleted reads a token that nobody will see
+        out = model(input_ids=token, position_ids=depth.unsqueeze(1), attention_mask=mask, use_cache=True, **cache)
+        stack[everyone[append], depth[append]] = out.logits[:, -1].float()[append]
+    return torch.stack(actions, 1)

@@ -1,0 +1,244 @@
+"""SequenceMatch: layouts equal to separate forwards, the objective's closed forms, generation that deletes rightly."""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from kullback.align._hf_sequencematch import (
+    SequenceMatchSettings,
+    SequenceMatchTrainer,
+    layout_logits,
+    with_backspace,
+)
+from kullback.align.sequencematch import sequencematch_loss, transition_rewards
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.rng import generator
+from kullback.decode.backspace import (
+    PAD,
+    backspace_layout,
+    generate_with_backspace,
+    inject_noise,
+    visible_text,
+)
+from kullback.models.small import small_llama
+
+BACKSPACE, BEGIN = 7, 0
+NESTED = torch.tensor(
+    [[1, 2, 7, 7, 3, 4, 7, 5, 6], [1, 2, 3, 4, 5, 6, 1, 2, 3], [1, 7, 2, 7, 3, 7, 4, PAD, PAD], [5] + [PAD] * 8]
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_llama(8, hidden=16, layers=2, heads=2, length=32, generator=generator(0, "model")).double().eval()
+
+
+def random_actions(rows, count, draw):
+    found = torch.full((rows, count), PAD)
+    for row in range(rows):
+        depth = 0
+        for place in range(int(torch.randint(count // 2, count + 1, (), generator=draw))):
+            delete = depth > 0 and torch.rand((), generator=draw).item() < 0.4
+            found[row, place] = BACKSPACE if delete else torch.randint(1, 7, (), generator=draw)
+            depth += -1 if delete else 1
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("actions", [NESTED, random_actions(6, 20, generator(1, "actions"))])
+def test_a_layout_has_the_logits_of_a_forward_on_every_visible_prefix(actions, model):
+    layout = backspace_layout(actions, backspace=BACKSPACE, begin=BEGIN)
+    logits = layout_logits(model, layout)
+    for row in range(len(actions)):
+        stack = []
+        for place, action in enumerate(actions[row].tolist()):
+            if action == PAD:
+                break
+            prefix = model(input_ids=torch.tensor([[BEGIN, *stack]])).logits[0, -1]
+            torch.testing.assert_close(logits[row, layout.state_index[row, place]], prefix, atol=1e-10, rtol=0)
+            assert layout.depth[row, place] == len(stack)
+            if action == BACKSPACE:
+                stack.pop()
+            else:
+                stack.append(action)
+            after = model(input_ids=torch.tensor([[BEGIN, *stack]])).logits[0, -1]
+            torch.testing.assert_close(logits[row, layout.next_index[row, place]], after, atol=1e-10, rtol=0)
+    wrong = model(input_ids=layout.input_ids, position_ids=layout.position_ids).logits  # deleted tokens are read
+    assert not torch.allclose(wrong, logits, atol=1e-6)
+
+
+def test_without_backspaces_it_is_a_plain_sequence(model):
+    actions = torch.tensor([[1, 2, 3, 4]])
+    layout = backspace_layout(actions, backspace=BACKSPACE, begin=BEGIN)
+    assert layout.input_ids.tolist() == [[0, 1, 2, 3, 4]]
+    assert layout.state_index.tolist() == [[0, 1, 2, 3]]
+    assert torch.equal(layout.attention[0], torch.ones(5, 5).tril().bool())
+    logits = layout_logits(model, layout)
+    output = sequencematch_loss(
+        logits, layout, logits, layout, backspace=BACKSPACE, divergence="mle", gamma=1.0, nll_share=0.0,
+        normalise="trajectory",
+    )  # fmt: skip
+    root = logits[0, 0].clone()
+    root[BACKSPACE] = -math.inf
+    rows = torch.cat([root.unsqueeze(0), logits[0, 1:4]])
+    nll = -rows.log_softmax(-1)[torch.arange(4), actions[0]].sum()
+    assert output.loss.item() == pytest.approx(nll.item(), abs=1e-10)
+    assert output.nll.item() == pytest.approx(nll.item() / 4, abs=1e-10)
+
+
+def test_values_telescope_and_a_shift_of_the_logits_is_seen(model):
+    layout = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN)
+    logits = layout_logits(model, layout).detach()
+    found = transition_rewards(logits, layout, backspace=BACKSPACE, gamma=0.9)
+    total = (found.weight * (found.value - found.following)).sum(1)
+    torch.testing.assert_close(total, found.value[:, 0], atol=1e-10, rtol=0)
+    options = {"backspace": BACKSPACE, "nll_share": 0.0}
+    first = sequencematch_loss(logits, layout, logits, layout, **options).objective
+    shifted = sequencematch_loss(logits + 5.0, layout, logits + 5.0, layout, **options).objective
+    assert abs(first - shifted) > 1e-3
+
+
+def bandit(policy_logits, counts, own_counts, **options):
+    """One action from {0, 1, 2} and then the end, each as often as counted; token 3 is the backspace."""
+    rows = torch.repeat_interleave(torch.arange(3), counts).unsqueeze(1)
+    own = torch.repeat_interleave(torch.arange(3), own_counts).unsqueeze(1)
+    layouts = [backspace_layout(x, backspace=3, begin=0) for x in (rows, own)]
+    full = torch.cat([policy_logits, policy_logits.new_zeros(1)])
+    logits = [full.expand(len(layout.actions), layout.input_ids.shape[1], 4) for layout in layouts]
+    return sequencematch_loss(logits[0], layouts[0], logits[1], layouts[1], backspace=3, gamma=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "policy", "objective"),
+    [
+        (1.0, (0.59317288, 0.25421035, 0.15261677), -0.8861717058),
+        (10.0, (0.68515121, 0.20769326, 0.10715553), -0.8135962894),
+        (1000.0, (0.7, 0.2, 0.1), None),
+    ],
+)
+def test_the_bandit_of_the_card(alpha, policy, objective):
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([7, 2, 1])
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-16
+    )
+    options = {"alpha": alpha, "divergence": "chi2", "nll_share": 0.0}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = bandit(logits, counts, counts, **options).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = bandit(logits, counts, counts, **options)
+    assert logits.softmax(0).tolist() == pytest.approx(policy, abs=2e-4 if objective is None else 1e-6)
+    if objective is not None:
+        assert found.objective.item() == pytest.approx(objective, abs=1e-8)
+        p, pi = torch.tensor([0.7, 0.2, 0.1]).double(), logits.softmax(0)
+        primal = alpha * ((p - pi).square() / p).sum() + (pi * pi.log()).sum()
+        assert found.objective.item() == pytest.approx(primal.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("divergence", ["chi2_mixture", "chi2", "js", "kl", "mle"])
+def test_gradients_by_differences(divergence, model):
+    data = backspace_layout(NESTED[:2], backspace=BACKSPACE, begin=BEGIN)
+    own = backspace_layout(NESTED[2:], backspace=BACKSPACE, begin=BEGIN)
+    draw = generator(2, "logits")
+    shape = (*data.input_ids.shape, 8)
+    logits = torch.randn(shape, generator=draw, dtype=torch.float64)
+    other = torch.randn(*own.input_ids.shape, 8, generator=draw, dtype=torch.float64)
+
+    def value(x):
+        return sequencematch_loss(x, data, other, own, backspace=BACKSPACE, alpha=3.0, divergence=divergence).loss
+
+    assert torch.autograd.gradcheck(value, logits.requires_grad_(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_is_that_without(model):
+    actions = generate_with_backspace(
+        model, 5, backspace=BACKSPACE, begin=BEGIN, length=8, most_actions=20, generator=generator(3, "g")
+    )
+    draw = generator(3, "g")
+    stacks, done = [[] for _ in range(5)], [False] * 5
+    for place in range(actions.shape[1]):
+        prefixes = [torch.tensor([[BEGIN, *stack]]) for stack in stacks]
+        logits = torch.stack([model(input_ids=prefix).logits[0, -1].float() for prefix in prefixes])
+        for row, stack in enumerate(stacks):
+            if not stack:
+                logits[row, BACKSPACE] = -math.inf
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=draw).squeeze(1)
+        for row, stack in enumerate(stacks):
+            if done[row]:
+                assert actions[row, place] == PAD
+                continue
+            assert actions[row, place] == drawn[row]
+            if drawn[row] == BACKSPACE:
+                stack.pop()
+            else:
+                stack.append(int(drawn[row]))
+            done[row] = len(stack) >= 8
+    assert visible_text(actions, backspace=BACKSPACE) == stacks
+    assert (actions == BACKSPACE).any()
+
+
+def test_noise_comes_and_goes():
+    ids = torch.randint(1, 7, (20, 30), generator=generator(4, "ids"))
+    actions, weights = inject_noise(ids, share=0.2, vocabulary=7, backspace=BACKSPACE, generator=generator(5, "n"))
+    assert visible_text(actions, backspace=BACKSPACE) == ids.tolist()
+    deletes = actions == BACKSPACE
+    share = deletes.sum().item() / ids.numel()
+    assert abs(share - 0.2) < 6 * (0.16 / ids.numel()) ** 0.5
+    before = torch.roll(deletes, -1, 1)
+    before[:, -1] = False
+    assert (weights[before] == 0).all(), "the wrong token is not learnt"
+    assert (weights[deletes] == 1).all()
+    assert ((weights == 0) == (before | (actions == PAD))).all()
+    kept, _ = inject_noise(
+        ids, share=0.2, vocabulary=7, backspace=BACKSPACE, generator=generator(5, "n"),
+        exclude=lambda true, wrong: torch.ones_like(true, dtype=torch.bool),
+    )  # fmt: skip
+    assert torch.equal(kept, ids)
+
+
+def test_the_trainer(tmp_path):
+    model = small_llama(7, hidden=16, layers=1, heads=2, length=64, generator=generator(6, "m"))
+    assert with_backspace(model) == 7
+    windows = torch.randint(1, 7, (32, 10), generator=generator(7, "w"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True,
+        report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = SequenceMatchTrainer(
+        model=model, args=arguments, train_dataset=[{"input_ids": row} for row in windows], backspace=7, begin=0,
+        settings=SequenceMatchSettings(samples=4, kept=8, length=10, refresh_every=2),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert len(trainer.buffer) == 8
+    assert trainer.settings.share(0, 100) == 1.0
+    assert trainer.settings.share(50, 100) == trainer.settings.share(90, 100) == pytest.approx(0.2)
+
+
+def test_bad_input(model):
+    with pytest.raises(DataError, match="nothing is visible"):
+        backspace_layout(torch.tensor([[7, 1]]), backspace=7, begin=0)
+    with pytest.raises(DataError, match="padding"):
+        backspace_layout(torch.tensor([[1, PAD, 2]]), backspace=7, begin=0)
+    with pytest.raises(ShapeError, match="actions"):
+        backspace_layout(torch.zeros(2, 0, dtype=torch.long), backspace=7, begin=0)
+    layout = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN)
+    logits = torch.zeros(*layout.input_ids.shape, 8)
+    with pytest.raises(ShapeError, match="stream"):
+        transition_rewards(logits[:, :2], layout, backspace=BACKSPACE)
+    for wrong in ({"alpha": 0.0}, {"gamma": 1.5}, {"divergence": "tv"}, {"normalise": "mean"}, {"terminal": "end"}):
+        with pytest.raises(ConfigError):
+            sequencematch_loss(logits, layout, logits, layout, backspace=BACKSPACE, **wrong)
+    with pytest.raises(ConfigError, match="most_actions"):
+        generate_with_backspace(model, 1, backspace=7, begin=0, length=9, most_actions=3, generator=generator(0))
+    with pytest.raises(ConfigError, match="share"):
+        inject_noise(NESTED[:1], share=1.0, vocabulary=7, backspace=7, generator=generator(0))
