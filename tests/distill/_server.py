@@ -32,7 +32,10 @@ class Server:
                 if owner.failures:
                     owner.failures -= 1
                     return self.answer(503, {"error": "busy"})
-                choices = [owner.choice(model, row, body["logprobs"], dialect) for row in body["prompt"]]
+                if "n" in body:
+                    choices = owner.drawn(model, body, dialect)
+                else:
+                    choices = [owner.choice(model, row, body["logprobs"], dialect) for row in body["prompt"]]
                 return self.answer(200, {"choices": [{"index": i, **c} for i, c in enumerate(choices)][::-1]})
 
             def answer(self, code, body):
@@ -59,6 +62,21 @@ class Server:
         if dialect == "text":
             return {"text": "", "logprobs": {"top_logprobs": [None, *[{"the": -0.1}] * len(pairs)]}}
         return {"text": ""}
+
+    @staticmethod
+    def drawn(model, body, dialect):
+        """Continuations of each prompt, with the tokens by their ids and their log-probabilities."""
+        draw, choices = torch.Generator().manual_seed(body["seed"]), []
+        for row in [row for row in body["prompt"] for _ in range(body["n"])]:
+            ids, values = list(row), []
+            while len(values) < body["max_tokens"] and not (values and ids[-1] in body["stop_token_ids"]):
+                law = log_probs(model, torch.tensor([ids]))[0, -1]
+                ids.append(int(torch.multinomial(law.exp(), 1, generator=draw)))
+                values.append(law[ids[-1]].item())
+            names = [f"token_id:{token}" for token in ids[len(row) :]]
+            said = {"tokens": ["the"] * len(names) if dialect == "text" else names, "token_logprobs": values}
+            choices.append({"text": "", "logprobs": None if dialect == "nothing" else said})
+        return choices
 
     def close(self):
         self.server.shutdown()

@@ -17,7 +17,9 @@ from kullback.jobs._align_methods import method_names
 from kullback.jobs._training import LoraSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
 from _adding import align_config, make_adder, with_training
+from _server import Server
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,33 @@ def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
         assert torch.equal(tensor, weights(run.path)[name]), name
 
 
+@pytest.fixture
+def server(adder):
+    found = Server(AutoModelForCausalLM.from_pretrained(adder / "model").eval())
+    yield found
+    found.close()
+
+
+def test_a_server_draws_the_completions(adder, server, tmp_path):
+    config = align_config(adder, sampling=job.SamplingConfig(group=4, validation=4, server=server.url))
+    run = job.run(config, tmp_path / "run")
+    assert server.requests == config.training.steps
+    assert events(run.path)[-1]["divergence"] > 1e-6
+    first = server.requests
+    again = job.run(config, tmp_path / "again")
+    assert server.requests == 2 * first
+    assert all(torch.equal(tensor, weights(again.path)[name]) for name, tensor in weights(run.path).items())
+
+
+@pytest.mark.parametrize(("dialect", "words"), [("text", "by their text"), ("nothing", "of every token")])
+def test_a_server_that_does_not_say_what_it_drew(dialect, words, adder, tmp_path):
+    server = Server(AutoModelForCausalLM.from_pretrained(adder / "model").eval(), dialect)
+    config = align_config(adder, sampling=job.SamplingConfig(group=4, validation=4, server=server.url))
+    with pytest.raises(DataError, match=words):
+        job.run(config, tmp_path / "run")
+    server.close()
+
+
 def test_a_judge_of_pairs(adder, tmp_path):
     (tmp_path / "judge.py").write_text(
         "def longer(prompts, firsts, seconds):\n"
@@ -224,6 +253,8 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"reward": job.RewardConfig(name="exact", pairwise=True)}, ConfigError, "judge of your own"),
         ({"reward": job.RewardConfig(name="nowhere.py:f")}, DataError, "nowhere.py"),
         ({"sampling": job.SamplingConfig(group=1)}, ConfigError, "sampling.group"),
+        ({"sampling": job.SamplingConfig(server="http://x", temperature=0.5)}, ConfigError, "temperature 1"),
+        ({"method": "dpo", "sampling": job.SamplingConfig(server="http://x")}, ConfigError, "sampling.server"),
         ({"model": ""}, ConfigError, "no model"),
         ({"data": job.ExampleConfig()}, ConfigError, "no data"),
         ({"data": job.ExampleConfig(train="gone.jsonl")}, DataError, "gone.jsonl does not exist"),

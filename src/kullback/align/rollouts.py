@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
-from kullback.decode.ancestral import draw_tokens
+from kullback.decode.ancestral import Drawn, draw_tokens
+from kullback.decode.served import ServedSampler
 
 __all__ = ["Rollouts", "join_rollouts", "pad_left", "sample_rollouts"]
 
@@ -179,12 +180,43 @@ def sample_rollouts(
         torch.cat([_widened(part[place], longest, fill) for part in parts])
         for place, fill in enumerate((filler, False, 0.0))
     )
-    finished = (torch.isin(tokens, torch.tensor(ends, dtype=torch.long, device=device)) & counts).any(1)
+    drawn = Drawn(tokens, counts, log_probs)
+    return _assembled(ids, mask, drawn, index, group=group, ends=ends, temperature=temperature, decode=decode)
+
+
+def served_rollouts(
+    server: ServedSampler,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group: int,
+    length: int,
+    generator: torch.Generator,
+    end: int | Sequence[int] | None = None,
+    pad: int | None = None,
+    prompt_index: Sequence[int] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+) -> Rollouts:
+    """As `sample_rollouts`, drawn by a server at temperature 1: log_probs are those of the policy that it serves."""
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    filler = pad if pad is not None else ends[0] if ends else 0
+    ids, mask = pad_left(prompts, filler)
+    index = list(range(len(ids))) if prompt_index is None else list(prompt_index)
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    drawn = server(prompts, count=length, group=group, end=ends, pad=filler, seed=seed)
+    return _assembled(ids, mask, drawn, index, group=group, ends=ends, temperature=1.0, decode=decode)
+
+
+def _assembled(
+    ids: Tensor, mask: Tensor, drawn: Drawn, index: list[int], *, group: int, ends: list[int], temperature: float,
+    decode: Callable[[list[int]], str] | None,
+) -> Rollouts:  # fmt: skip
+    tokens, counts, log_probs = drawn
+    finished = (torch.isin(tokens, torch.tensor(ends, dtype=torch.long, device=tokens.device)) & counts).any(1)
     return Rollouts(
         ids=torch.cat([ids.repeat_interleave(group, 0), tokens], 1),
         attention_mask=torch.cat([mask.repeat_interleave(group, 0), counts], 1),
         completion_mask=counts,
-        prompt_index=torch.tensor(index, device=device).repeat_interleave(group),
+        prompt_index=torch.tensor(index, device=tokens.device).repeat_interleave(group),
         log_probs=log_probs,
         finished=finished,
         temperature=temperature,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kullback.align.rewards import Reward, score
-from kullback.align.rollouts import Rollouts, sample_rollouts
+from kullback.align.rollouts import Rollouts, sample_rollouts, served_rollouts
 from kullback.core.errors import RewardError
+from kullback.decode.served import ServedSampler
 
 __all__ = ["ScoredRollouts"]
 
@@ -22,7 +23,8 @@ class ScoredRollouts:
 
     prompts: token ids of each, texts: the same as text; columns: further fields of the data by name, one value a
     prompt; length: completion tokens at most; decode: ids to text; seconds: what one call of the reward may take;
-    on_error: None lets a RewardError through, a function is told of it and all rewards of that call are 0.
+    on_error: None lets a RewardError through, a function is told of it and all rewards of that call are 0; server:
+    draws the completions in the model's place, at temperature 1, and they have the log-probabilities of its policy.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -39,6 +41,7 @@ class ScoredRollouts:
     seconds: float | None = 60.0
     name: str | None = None
     on_error: Callable[[RewardError], None] | None = None
+    server: ServedSampler | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -50,11 +53,16 @@ class ScoredRollouts:
 
         Raises RewardError when the reward fails and nobody wants to hear of it.
         """
-        rollouts = sample_rollouts(
-            model, [self.prompts[i] for i in index], group=group, length=self.length, generator=generator,
-            temperature=self.temperature, end=self.end, pad=self.pad, vocabulary=self.vocabulary, batch=self.batch,
-            prompt_index=index, decode=self.decode,
-        )  # fmt: skip
+        chosen = [self.prompts[i] for i in index]
+        options: dict[str, Any] = {
+            "group": group, "length": self.length, "generator": generator, "end": self.end, "pad": self.pad,
+            "prompt_index": index, "decode": self.decode,
+        }  # fmt: skip
+        if self.server is not None:
+            rollouts = served_rollouts(self.server, chosen, **options).to(next(model.parameters()).device)
+        else:
+            more: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.vocabulary, "batch": self.batch}
+            rollouts = sample_rollouts(model, chosen, **options, **more)
         return rollouts, self.rewards(rollouts)
 
     def rewards(self, rollouts: Rollouts) -> Tensor:

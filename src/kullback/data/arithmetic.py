@@ -14,7 +14,7 @@ _MISTAKES = (-10, -2, -1, 1, 2, 10)
 
 
 def sum_examples(limit: int = 20, *, seed: int = 0) -> list[Example]:
-    """A prompt "a+b=" for each pair of numbers below `limit`: its sum is chosen and the `answer`, a mistake is rejected.
+    """A prompt "a+b=" for each pair of numbers below limit: the sum is chosen and the `answer`, a mistake is rejected.
 
     >>> example = sum_examples(3)[5]
     >>> example.prompt, example.chosen, example.others

@@ -7,10 +7,6 @@ Shapes: B batch, T positions, K tokens kept.
 
 from __future__ import annotations
 
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kullback.core.errors import DataError
+from kullback.core.server import CompletionServer, token_number
 from kullback.core.types import TeacherOutput
 
 __all__ = ["ServedTeacher"]
@@ -34,20 +31,16 @@ class ServedTeacher:
     def __init__(
         self, url: str, *, vocabulary: int, kept: int = 20, model: str = "", timeout: float = 60.0, retries: int = 3
     ) -> None:
-        self.url, self.vocabulary, self.kept = url.rstrip("/"), vocabulary, kept
-        self.timeout, self.retries = timeout, retries
-        self.model = model or self._first_model()
+        self.server = CompletionServer(url, model=model, timeout=timeout, retries=retries)
+        self.url, self.vocabulary, self.kept = self.server.url, vocabulary, kept
 
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:
         """top_ids and top_log_probs [B, T, K] and tail_log_prob [B, T]; position t is about token t + 1."""
         body = {
-            "model": self.model, "prompt": ids.tolist(), "max_tokens": 1, "echo": True, "temperature": 1.0,
+            "prompt": ids.tolist(), "max_tokens": 1, "echo": True, "temperature": 1.0,
             "logprobs": self.kept, "prompt_logprobs": self.kept, "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        choices = self._ask("completions", body).get("choices", [])
-        choices = sorted(choices, key=lambda choice: choice.get("index", 0))
-        if len(choices) != len(ids):
-            raise DataError(f"{self.url} answered {len(choices)} of {len(ids)} prompts: check its batch limit")
+        choices = self.server.completions(body, prompts=len(ids))
         rows = [self._row(choice, ids.shape[1]) for choice in choices]
         top_ids = torch.tensor([row[0] for row in rows], device=ids.device)
         top = torch.tensor([row[1] for row in rows], device=ids.device)
@@ -71,34 +64,6 @@ class ServedTeacher:
         # What follows the last token is never compared with a label.
         return [*ids, ids[-1]], [*log_probs, log_probs[-1]]
 
-    def _first_model(self) -> str:
-        models = self._ask("models", None).get("data", [])
-        if not models:
-            raise DataError(f"{self.url} lists no model: give its address up to /v1")
-        return str(models[0]["id"])
-
-    def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    found = json.load(answer)
-                break
-            except urllib.error.HTTPError as error:
-                if error.code < 500 or attempt == self.retries:
-                    said = error.read(200).decode(errors="replace").strip()
-                    raise DataError(f"{self.url} refused {path} with status {error.code}: {said}") from error
-            except (OSError, ValueError) as error:
-                if attempt == self.retries:
-                    raise DataError(f"{self.url} gives no usable answer to {path} ({error}): is it running?") from error
-            time.sleep(0.2 * 2**attempt)
-        if not isinstance(found, dict):
-            raise DataError(
-                f"{self.url} answers {path} with something else than a JSON object: is it the right address?"
-            )
-        return found
-
 
 def _distributions(choice: Mapping[str, Any]) -> list[dict[int, float]] | None:
     """For each prompt token what was predicted in its place, by token id; the first is empty."""
@@ -108,11 +73,4 @@ def _distributions(choice: Mapping[str, Any]) -> list[dict[int, float]] | None:
     echoed = (choice.get("logprobs") or {}).get("top_logprobs")
     if echoed is None:
         return None
-    try:
-        return [
-            {int(name.rsplit(":", 1)[-1]): float(value) for name, value in (entry or {}).items()} for entry in echoed
-        ]
-    except ValueError:
-        raise DataError(
-            "the server names tokens by their text, which is ambiguous: start it so that it returns token ids"
-        ) from None
+    return [{token_number(name): float(value) for name, value in (entry or {}).items()} for entry in echoed]

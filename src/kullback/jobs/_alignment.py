@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kullback.align.scored import ScoredRollouts
 from kullback.align.soup import soup_state_dict
 from kullback.core.errors import ConfigError, RewardError
 from kullback.core.runs import Run
+from kullback.decode.served import ServedSampler
 from kullback.jobs._align_data import Examples, collator, read_split
 from kullback.jobs._align_methods import chosen_method
 from kullback.jobs._align_rehearsal import rehearsed
@@ -74,6 +75,7 @@ class Alignment:
         self.policy(config.seeds[0])  # so that what is wrong with it is said before anything is written
         self.examples, self.validation_examples = training, validation
         self.reference_model = self._reference_model()
+        self.server = ServedSampler(config.sampling.server) if config.sampling.server else None
         self.run = start_run(self.state, out, config, kind="align", resume=resume)
         with removed_on_error(out if fresh and self.state.is_main_process else None):
             self.validation = Validation(self, validation)
@@ -130,7 +132,8 @@ class Alignment:
             data_collator=None if online else collator(self.tokenizer.eos_token_id),
             method=method,
             reference=self.reference_of(policy) if method.needs_reference else None,
-            rollouts=self.rollouts(self.examples, self.reward_failed(run)) if online else None,
+            rollouts=replace(self.rollouts(self.examples, self.reward_failed(run)), server=self.server)
+            if online else None,
             group=part.sampling.group,
             temperature=self._temperature(),
             vocabulary=len(self.tokenizer),
@@ -171,6 +174,8 @@ class Alignment:
             raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
         if self.kind == "online" and self.config.sampling.group < 2:
             raise ConfigError(f"{self.config.method.name} compares completions of a prompt: set sampling.group over 1")
+        if self.config.sampling.server and self.kind != "online":
+            raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.server out")
         if self.config.method.name == "kdrl" and not self.config.reference:
             raise ConfigError("kdrl learns from a teacher as well: name its directory as the reference")
         if self.config.method.name == "salsa" and len(self.config.reference) < 2:

@@ -60,13 +60,16 @@ class RewardConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
     """Sampling. group: completions a prompt and step, of methods that learn from samples; temperature: of the policy;
-    validation: completions a validation prompt; batch: prompts that are sampled at once, 0 for all.
+    validation: completions a validation prompt; batch: prompts that are sampled at once, 0 for all; server: the address
+    of an OpenAI-compatible server that draws the training completions in the policy's place, from a copy of it: they
+    have the server's log-probabilities, to which the ratio is clipped.
     """
 
     group: int = 8
     temperature: float = 1.0
     validation: int = 8
     batch: int = 0
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +164,11 @@ def check(config: AlignConfig) -> None:
         )
     if not sampling.temperature > 0:
         raise ConfigError(f"sampling.temperature must be > 0, got {sampling.temperature}")
+    if sampling.server and sampling.temperature != 1:
+        raise ConfigError(
+            f"a server answers with log-probabilities at temperature 1 and sampling.temperature is "
+            f"{sampling.temperature}: leave one of them out"
+        )
     if not config.reward.seconds > 0:
         raise ConfigError(f"reward.seconds must be > 0, got {config.reward.seconds}")
     if config.lora.rank < 0:

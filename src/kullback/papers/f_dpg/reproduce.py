@@ -147,7 +147,7 @@ def _prose(run: Run) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = trained_llama(vocabulary=512, hidden=64, layers=2, heads=2, length=64, steps=300, batch=32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     text = tokenizer(corpus("prose").validation[0]).input_ids
     prompts = [text[start : start + 8] for start in range(0, 8 * PROMPTS, 8)]

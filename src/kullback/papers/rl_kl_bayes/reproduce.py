@@ -146,7 +146,7 @@ def _prose(run: Run) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = trained_llama(vocabulary=257, hidden=64, layers=2, heads=2, length=64, steps=300, batch=32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder)
     text = tokenizer(corpus("prose").validation[0]).input_ids
     prompts = [text[start : start + 16] for start in range(0, 16 * PROMPTS, 16)]
