@@ -11,6 +11,7 @@ from kullback.align.difficulty import (
 )
 from kullback.align.difficulty_sampler import FilteredBatch, FilteredSource, OnlineDifficultySampler, StarvationWarning
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
+from kullback.align.evidence import PriorSampler, log_evidence, posterior_sample
 from kullback.align.f_dpg import (
     FDpg,
     PartitionEstimator,
@@ -95,6 +96,7 @@ from kullback.align.policy_gradient import (
     reduce_tokens,
     reference_penalty,
 )
+from kullback.align.posterior import PosteriorTarget, collapse_report, elbo, eubo, implied_beta
 from kullback.align.ppo import clipped_value_loss, generalised_advantages, shaped_rewards
 from kullback.align.regularised import RegularisedPolicy, f_regularised_policy
 from kullback.align.rehearsal import Partition, RehearsalBuffer, partition_by_pass_rate, rehearse
@@ -110,6 +112,7 @@ from kullback.align.rewards import (
 )
 from kullback.align.rollouts import Rollouts, join_rollouts, pad_left, sample_rollouts
 from kullback.align.scored import ScoredRollouts
+from kullback.align.sequencematch import sequencematch_loss, transition_rewards
 from kullback.align.soup import (
     geometric_soup,
     linear_connectivity,
@@ -162,8 +165,10 @@ __all__ = [
     "PartitionEstimator",
     "PassRateTracker",
     "PatternReward",
+    "PosteriorTarget",
     "Preference",
     "PreferenceGame",
+    "PriorSampler",
     "RateFunction",
     "RegularisedPolicy",
     "RehearsalBuffer",
@@ -185,6 +190,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_share",
     "clipped_value_loss",
+    "collapse_report",
     "completion_log_probs",
     "constant_groups",
     "coverage_at_k",
@@ -193,6 +199,8 @@ __all__ = [
     "divergence_estimates",
     "drift_report",
     "ece_gap_bound",
+    "elbo",
+    "eubo",
     "exploitability",
     "f_regularised_policy",
     "fdpg_loss",
@@ -204,6 +212,7 @@ __all__ = [
     "grouped_advantages",
     "implicit_reward",
     "implicit_reward_accuracy",
+    "implied_beta",
     "join_rollouts",
     "judged",
     "kd_mask",
@@ -215,6 +224,7 @@ __all__ = [
     "leave_one_out_baseline",
     "linear_connectivity",
     "load_reward",
+    "log_evidence",
     "log_partition",
     "log_probs_from_hidden",
     "log_probs_from_logits",
@@ -234,6 +244,7 @@ __all__ = [
     "pass_at_k",
     "phi_transform",
     "policy_ratio",
+    "posterior_sample",
     "preference_ece",
     "preference_metrics",
     "prefix_values",
@@ -254,6 +265,7 @@ __all__ = [
     "self_play",
     "self_similarity",
     "sequence_log_probs",
+    "sequencematch_loss",
     "shaped_rewards",
     "soft_value",
     "solve_tilt_for_kl",
@@ -263,6 +275,7 @@ __all__ = [
     "target_divergence",
     "tilt",
     "token_entropy",
+    "transition_rewards",
     "variance_bound",
     "visited_penalty",
     "win_rates",

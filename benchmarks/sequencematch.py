@@ -1,0 +1,108 @@
+"""Layouts, steps and generation with a backspace, beside plain ones. Writes sequencematch.json.
+
+One thread, medians of calls in turn. "layout": 64 rows of some 500 actions, and a stack machine on Python lists, which
+makes no mask. "step": loss and gradients on data and own trajectories, over a step of likelihood on as many tokens.
+"generation": 8 texts of 256 visible tokens with the key-value cache, over feeding every visible prefix again.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import _measure
+from kullback.align._hf_sequencematch import layout_logits
+from kullback.align.sequencematch import sequencematch_loss
+from kullback.core.environment import environment
+from kullback.core.rng import generator
+from kullback.decode.backspace import backspace_layout, generate_with_backspace, inject_noise
+from kullback.models.small import small_llama
+
+BACKSPACE, BEGIN = 99, 0
+
+
+def noisy(rows, length):
+    ids = torch.randint(1, 99, (rows, length), generator=generator(0, "ids"))
+    options = {"vocabulary": 99, "backspace": BACKSPACE, "generator": generator(0, "noise")}
+    return inject_noise(ids, share=0.1, **options)[0]
+
+
+def on_lists(actions):
+    found = []
+    for row in actions.tolist():
+        stack, places = [0], []
+        for place, action in enumerate(row):
+            if action == BACKSPACE:
+                stack.pop()
+            elif action >= 0:
+                stack.append(place + 1)
+            places.append(stack[-1])
+        found.append(places)
+    return found
+
+
+def model(hidden=64):
+    return small_llama(100, hidden=hidden, layers=2, heads=4, length=2048, generator=generator(0, "model"))
+
+
+def layouts():
+    actions = noisy(64, 430)
+    calls = {
+        "kullback": lambda: backspace_layout(actions, backspace=BACKSPACE, begin=BEGIN),
+        "lists": lambda: on_lists(actions),
+    }  # fmt: skip
+    times, _ = _measure.race(calls)
+    milliseconds = {name: 1000 * value for name, value in _measure.medians(times).items()}
+    return {"actions": actions.shape[1], "milliseconds": milliseconds}
+
+
+def steps():
+    network, ids = model(), torch.randint(1, 99, (16, 128), generator=generator(1, "ids"))
+    data = backspace_layout(noisy(16, 106), backspace=BACKSPACE, begin=BEGIN)
+
+    def plain():
+        loss = network(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    def matched():
+        logits, own = layout_logits(network, data), layout_logits(network, data)
+        sequencematch_loss(logits, data, own, data, backspace=BACKSPACE).loss.backward()
+
+    times, _ = _measure.race({"kullback": matched, "likelihood": plain})
+    size, ratio = list(data.input_ids.shape), _measure.ratio(times, "kullback", "likelihood")
+    return {"tokens": size, "seconds": _measure.medians(times), "ratio": ratio}
+
+
+@torch.no_grad()
+def again(network, rows, length, draw):
+    stacks, done = [[] for _ in range(rows)], [False] * rows
+    while not all(done):
+        for row, stack in enumerate(stacks):
+            if done[row]:
+                continue
+            logits = network(input_ids=torch.tensor([[BEGIN, *stack]]), logits_to_keep=1).logits[0, -1]
+            if not stack:
+                logits[BACKSPACE] = -torch.inf
+            action = int(torch.multinomial(logits.softmax(-1), 1, generator=draw))
+            stack.pop() if action == BACKSPACE else stack.append(action)
+            done[row] = len(stack) >= length
+
+
+def generation():
+    network, options = model().eval(), {"backspace": BACKSPACE, "begin": BEGIN, "length": 256, "most_actions": 1000}
+    calls = {
+        "kullback": lambda: generate_with_backspace(network, 8, generator=generator(2, "g"), **options),
+        "again": lambda: again(network, 8, 256, generator(2, "g")),
+    }  # fmt: skip
+    times, _ = _measure.race(calls, rounds=3)
+    return {"visible": 256, "seconds": _measure.medians(times), "ratio": _measure.ratio(times, "kullback", "again")}
+
+
+def main():
+    torch.set_num_threads(1)
+    found = {"environment": environment(), "layout": layouts(), "step": steps(), "generation": generation()}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
