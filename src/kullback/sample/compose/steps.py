@@ -209,11 +209,12 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, total: Te
     """
     chains, count = log_weights.shape
     total = log_weights.logsumexp(1, keepdim=True) if total is None else total
-    share = (log_weights - total).exp()  # NaN in a chain without any weight
+    share = log_weights.softmax(1)  # NaN in a chain without any weight
     ends = share.cumsum(1)
     places = _places(count, share.device)
+    alive = float(total if chains == 1 else total.amin()) > -math.inf
     if scheme == "systematic":
-        index = _systematic(ends * count, numbers.take((chains, 1)), places)
+        index = _systematic(ends * count, numbers.take((chains, 1)), places, quick=alive and ends.numel() >= 4000)
     elif scheme == "stratified":
         index = torch.searchsorted(ends * count, numbers.take((chains, count)) + places, right=True)
     elif scheme == "multinomial":
@@ -223,19 +224,20 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, total: Te
     else:
         raise ConfigError(f"resampling is multinomial, systematic, stratified or residual, and not {scheme!r}")
     index = index.clamp_(max=count - 1)
-    if float(total.amin()) > -math.inf:
+    if alive:
         return index
     return torch.where(total == -math.inf, torch.arange(count, device=index.device), index)
 
 
-def _systematic(ends: Tensor, u: Tensor, places: Tensor) -> Tensor:
-    """In whose share u + 0, u + 1, ... fall; for many particles by how many fall below each end, which is quicker."""
-    chains, count = ends.shape
-    if ends.numel() < 4000 or not bool(torch.isfinite(ends[:, -1]).all()):
+def _systematic(ends: Tensor, u: Tensor, places: Tensor, *, quick: bool) -> Tensor:
+    """In whose share u + 0, u + 1, ... fall; quick: by how many fall below each end, for weights that are not all 0."""
+    if not quick:
         return torch.searchsorted(ends, u + places, right=True)
+    chains, count = ends.shape
     below = (ends - u).ceil_().clamp_(0, count).long()
     below[:, -1] = count
-    copies = torch.diff(below, dim=1, prepend=below.new_zeros(chains, 1))
+    copies = below.clone()
+    copies[:, 1:] -= below[:, :-1]
     index = torch.arange(count, device=ends.device)
     index = index if chains == 1 else index.repeat(chains)
     return index.repeat_interleave(copies.flatten(), output_size=chains * count).view(chains, count)
