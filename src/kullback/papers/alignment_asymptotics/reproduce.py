@@ -196,6 +196,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ends = (20, 320)
         rate = [0.35 * math.log(m) / m for m in ends]
         gaps.loglog(ends, rate, color="0.8", label="(log m) / m", linewidth=4, zorder=0)
-        gaps.set(xlabel="letters m")
+        gaps.set(xlabel="letters m", ylim=(1e-5, None))
         gaps.set_title("gap a letter of best of exp(m delta)", fontsize=9)
-        gaps.legend(frameon=False, fontsize=7)
+        gaps.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
