@@ -178,8 +178,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     curves = [row for row in rows if row["study"] == "steps"]
     titles = {
-        "nll": "-log likelihood under the true chain (nats a symbol)",
-        "bigram_distance": "total variation of the bigrams to the true law",
+        "nll": "-log likelihood, true chain (nats a symbol)",
+        "bigram_distance": "total variation of bigrams to the true law",
         "entropy": "entropy within sequences (nats)",
     }
     with figure(path, columns=4, size=(3.7, 3.3)) as axes:
@@ -194,7 +194,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set(xlabel="steps", title=title)
             axis.title.set_fontsize(8)
-        axes[0].legend(fontsize=7, frameon=False)
+        axes[1].legend(fontsize=7, frameon=False)
         names = list(dict.fromkeys(row["who"] for row in rows if row["study"] == "ablation"))
         teacher = {row["seed"]: row["nll"] for row in curves if row["who"] == "teacher" and row["steps"] == 8}
         for index, name in enumerate(names):
@@ -203,4 +203,5 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes[3].barh(name.replace(", ", ",\n"), sum(gains) / len(gains), color=f"C{index}", alpha=0.5)
             axes[3].plot(gains, [index] * len(gains), "k.", markersize=4)
         axes[3].invert_yaxis()
-        axes[3].set_title(f"gain over the teacher at 8 steps, {SHORT} steps of training (nats)", fontsize=8)
+        axes[3].locator_params(axis="x", nbins=4)
+        axes[3].set_title(f"gain at 8 steps after {SHORT} of training (nats)", fontsize=8)
