@@ -128,7 +128,7 @@ def test_pgd_stays_in_the_ball_and_in_the_range(batch):
         moved = pgd(model, x, y, eps=0.3, alpha=0.1, steps=steps)
         assert (moved - x).abs().max() <= min(0.3, 0.1 * steps) + 1e-12
         risks.append(F.mse_loss(model(moved), y).item())
-    assert risks == sorted(risks)
+    assert F.mse_loss(model(x), y) < risks[0] < risks[1] < min(risks[2:]), "more steps do more harm, up to the ball"
     assert pgd(model, x, y, eps=5.0, alpha=5.0, steps=1, clamp=(-1.0, 1.0)).abs().max() <= 1.0
     for wrong in ({"eps": -1.0, "alpha": 0.1, "steps": 1}, {"eps": 1.0, "alpha": 0.1, "steps": 0}):
         with pytest.raises(ConfigError, match="steps a count"):
