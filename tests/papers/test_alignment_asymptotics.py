@@ -24,7 +24,7 @@ def test_pairs_are_distributions_of_their_seed():
 def test_the_learned_reward_agrees_with_comparisons():
     reward = study.learned_reward(1, study.WORLD.sequences())
     assert reward.shape == (7776,)
-    assert reward.mean().item() == pytest.approx(0.0, abs=1e-9)
+    assert reward.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert 0.5 < reward.std().item() < 2.0
 
 
@@ -47,7 +47,7 @@ def test_one_seed_at_a_reduced_size_and_its_figure(tmp_path, monkeypatch):
     assert report.metrics["gap_order_violations"] == report.metrics["kl_bound_violations"] == 0
     assert report.metrics["sampled_error"] < 6
     path = [row for row in report.rows if row["study"] == "reinforce"]
-    assert path[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert path[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert path[-1]["reward"] > path[0]["reward"]
     study.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "asymptotics.svg")
     assert ElementTree.parse(tmp_path / "asymptotics.svg").getroot().tag.endswith("svg")

@@ -2,6 +2,7 @@
 
 from kullback.sample.backward import backward_mean, backward_sample
 from kullback.sample.compose import Particles, Steps, importance, meaning, mh, pmmh, program, rmsmc, smc, smc2, validate
+from kullback.sample.denoisers import Denoiser, guided_scores, network_score, train_denoiser
 from kullback.sample.exact_smoothing import hmm_paths, hmm_smoother, kalman_paths, kalman_smoother
 from kullback.sample.fkc import (
     FKCInfo,
@@ -14,6 +15,7 @@ from kullback.sample.fkc import (
     log_normalizer,
     systematic_resample,
 )
+from kullback.sample.fkc_discrete import DiscreteFKCInfo, DiscreteFKCState, discrete_fkc
 from kullback.sample.fkc_paths import EDM, VE, VP, DiffusionPath, gaussian_mixture_path
 from kullback.sample.fkc_targets import Annealed, GeometricMean, LearnedEnergy, ProductOfExperts, RewardTilted
 from kullback.sample.paris import ParisInfo, ParisState, paris
@@ -49,9 +51,12 @@ __all__ = [
     "AdditiveStatistic",
     "Annealed",
     "BootstrapModel",
+    "Denoiser",
     "DiffusionPath",
     "DigitalNet",
     "DigitalNetB2",
+    "DiscreteFKCInfo",
+    "DiscreteFKCState",
     "FKCInfo",
     "FKCResult",
     "FKCState",
@@ -82,9 +87,11 @@ __all__ = [
     "backward_mean",
     "backward_sample",
     "birth_death_step",
+    "discrete_fkc",
     "fkc",
     "fkc_sampler",
     "gaussian_mixture_path",
+    "guided_scores",
     "hmm_paths",
     "hmm_smoother",
     "importance",
@@ -94,6 +101,7 @@ __all__ = [
     "log_normalizer",
     "meaning",
     "mh",
+    "network_score",
     "paris",
     "particle_gibbs",
     "path_statistic",
@@ -108,5 +116,6 @@ __all__ = [
     "smc2",
     "stochastic_em",
     "systematic_resample",
+    "train_denoiser",
     "validate",
 ]
