@@ -86,6 +86,52 @@ def test_kl_ucb_pulls_as_if_every_index_were_computed(name, factor, generator):
         assert chosen != largest_indices(table, factor + 0.5)
 
 
+def test_normal_and_gamma_numbers_of_the_compiled_loops_have_their_laws():
+    """A million of each against their distribution functions, the normal ones beyond the lowest layer's end as well."""
+    from numba import njit
+    from scipy import stats
+
+    from kullback.stream.bandits import _compiled_thompson as loops
+
+    @njit
+    def filled(shape, z, out):
+        kept = np.zeros((3, 1))
+        loops.prepare(max(shape, 0.1), 0, 0, kept)
+        for place in range(len(out)):
+            if shape == 0.0:
+                out[place], z = loops.normal(z)
+            else:
+                out[place], z = loops.gamma(kept[0, 0], kept[1, 0], kept[2, 0], z)
+
+    count = 1_000_000
+    values = np.empty(count)
+    for shape in (0.0, 0.3, 1.0, 400.0):
+        filled(shape, np.uint64(7), values)
+        law = stats.gamma(shape) if shape else stats.norm()
+        edges = law.ppf(np.linspace(0.01, 0.99, 99))
+        shares = np.searchsorted(np.sort(values), edges) / count
+        assert np.abs(shares - np.linspace(0.01, 0.99, 99)).max() < 6 * 0.5 / count**0.5
+        for edge in law.isf([1e-3, 2e-4, 5e-5]):
+            expected = law.sf(edge)
+            assert abs((values > edge).mean() - expected) < 6 * (expected / count) ** 0.5
+    filled(0.0, np.uint64(7), values)
+    assert abs((values < -3.6).mean() - stats.norm.sf(3.6)) < 6 * (stats.norm.sf(3.6) / count) ** 0.5
+
+
+def test_hedge_finds_back_to_an_arm_that_was_bad_for_long():
+    """Its weight has been too small for a number; later it is the better arm."""
+    table = np.zeros((12_000, 2))
+    table[:4000, 0], table[4000:, 1] = 1.0, 1.0
+    found = sim.simulate("hedge", sim.RewardTable(table), 12_000, generator=stream(0, "x"), rate=0.3, points=12_000)
+    naive = sim.simulate(
+        lambda: bandits.Hedge(2, rate=0.3), sim.RewardTable(table), 12_000,
+        generator=stream(0, "x"), points=12_000,
+    )  # fmt: skip
+    moments = [3999, 7900, 11_999]
+    torch.testing.assert_close(found.curves[0, moments], naive.curves[0, moments], atol=40, rtol=0)
+    assert found.pulls[0, 1] > 3900
+
+
 LAWS = {
     "epsilon_greedy": ({}, lambda: bandits.EpsilonGreedy(3)),
     "ucb1": ({}, lambda: bandits.UCB1(3, horizon=60)),

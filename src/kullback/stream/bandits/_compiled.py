@@ -1,10 +1,11 @@
-"""The loop of the simulator, compiled: rounds of one run, then the next run, a few arrays of K numbers as the state.
+"""The loop of the simulator, compiled, for index policies: rounds of one run, then the next, a few arrays as the state.
 
 `kind` says which policy; the loop of `kullback.stream.bandits.simulate` over policy objects is the naive twin. What
 depends on the round alone (root log t, epsilon_t, ...) comes in `schedule`. Random numbers are splitmix64's, one stream
 a run, its state z passed from call to call. Of an index m + c_t / root(n) only the pulled arm's m and n change, so
 that a round costs one root, K products and K comparisons. Functions on the path of every round are small and have one
-exit, so that they are inlined: a call with arrays costs more than such a round.
+exit, so that they are inlined: a call with arrays costs more than such a round. KL-UCB, Thompson sampling and policies
+that draw from weights have loops of their own, in the files beside this one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ KINDS = (
     "kl_ucb", "thompson_beta", "thompson_gaussian", "exp3", "tsallis_inf", "hedge",
 )  # fmt: skip
 EXPLORE_FIRST, EPSILON_GREEDY, ELIMINATION, UCB1, UCB_V, KL_UCB, BETA, GAUSSIAN, EXP3, TSALLIS, HEDGE = range(11)
-# The rows of `room`, the state of policies that are not simple indices.
-COUNTS, MEANS, SUMS, LOGARITHMS, WEIGHTS, INDEX = range(6)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 # Only entry points are cached on disk, and with them all that they call.
@@ -60,28 +59,6 @@ def normals(z):
         square = x * x + y * y
     factor = math.sqrt(-2.0 * math.log(square) / square)
     return factor * x, factor * y, z
-
-
-@compiled
-def gamma(shape, normal, z):
-    """A Gamma(shape) number after Marsaglia and Tsang, from a first normal number and more where that is rejected."""
-    boost = 1.0
-    if shape < 1.0:
-        z += GOLDEN
-        boost = (1.0 - uniform(z)) ** (1.0 / shape)
-        shape += 1.0
-    d = shape - 1.0 / 3.0
-    c = 1.0 / math.sqrt(9.0 * d)
-    while True:
-        v = 1.0 + c * normal
-        if v > 0.0:
-            v = v * v * v
-            z += GOLDEN
-            u = 1.0 - uniform(z)
-            square = normal * normal
-            if u < 1.0 - 0.0331 * square * square or math.log(u) < 0.5 * square + d * (1.0 - v + math.log(v)):
-                return d * v * boost, z
-        normal, _, z = normals(z)
 
 
 @compiled
@@ -203,177 +180,10 @@ def run_index(kind, options, schedule, truth, deviation, table, steps, first, z,
     pulls[:] = counts.astype(np.int64)
 
 
-@compiled
-def drawn(room, row, total, z):
-    """A place drawn in proportion to the row's entries, which sum to `total`; never one of weight 0."""
-    z += GOLDEN
-    rest = uniform(z) * total
-    place, last = -1, 0
-    for arm in range(room.shape[1]):
-        weight = room[row, arm]
-        if weight > 0.0 and place < 0:
-            last = arm
-            rest -= weight
-            if rest < 0.0:
-                place = arm
-    return (place if place >= 0 else last), z
-
-
-@compiled
-def posterior_draws(kind, options, room, z):
-    """A draw from every arm's posterior, Beta or Gaussian, written to INDEX."""
-    for arm in range(room.shape[1]):
-        one, two, z = normals(z)
-        count, won = room[COUNTS, arm], room[SUMS, arm]
-        if kind == BETA:
-            success, z = gamma(options[0] + won, one, z)
-            failure, z = gamma(options[1] + count - won, two, z)
-            room[INDEX, arm] = success / (success + failure)
-        else:
-            precision = options[1] + options[2] * count
-            room[INDEX, arm] = (options[0] * options[1] + options[2] * won) / precision + one / math.sqrt(precision)
-    return z
-
-
-@compiled
-def tsallis(rate, room):
-    """The law of Tsallis-INF, written to INDEX, from the costs in WEIGHTS; returns its sum."""
-    lowest = math.inf
-    for arm in range(room.shape[1]):
-        lowest = min(lowest, room[WEIGHTS, arm])
-    x, total = lowest - 2.0 / rate, 0.0
-    for _ in range(100):
-        total = slope = 0.0
-        for arm in range(room.shape[1]):
-            inverse = 2.0 / (rate * (room[WEIGHTS, arm] - x))
-            law = inverse * inverse
-            room[INDEX, arm] = law
-            total += law
-            slope += law * inverse
-        if abs(total - 1.0) < 1e-12:
-            break
-        x -= (total - 1.0) / (rate * slope)
-    return total
-
-
-@compiled
-def exponential_law(mixing, room):
-    """The law of the weights with uniform play mixed in, written to INDEX; returns its sum."""
-    arms, total = room.shape[1], 0.0
-    for arm in range(arms):
-        total += room[WEIGHTS, arm]
-        room[INDEX, arm] = room[WEIGHTS, arm]
-    if mixing > 0.0:
-        for arm in range(arms):
-            room[INDEX, arm] = (1.0 - mixing) * room[WEIGHTS, arm] / total + mixing / arms
-        total = 1.0
-    return total
-
-
-@compiled
-def choose(kind, moment, level, options, room, first, z):
-    """The arm of round `moment`; a law that it was drawn from is left in INDEX, times options[5]."""
-    arm = 0
-    if kind >= EXP3:
-        options[5] = tsallis(level, room) if kind == TSALLIS else exponential_law(options[1], room)
-        arm, z = drawn(room, INDEX, options[5], z)
-    else:
-        z = posterior_draws(kind, options, room, z)
-        index = room[INDEX]
-        arm, z = largest(index, index, index, 0.0, 0.0, first, z)
-    return arm, z
-
-
-@compiled
-def shift(options, room):
-    """Set the offset options[6] to the largest logarithm and compute the weights relative to it anew."""
-    offset = -math.inf
-    for arm in range(room.shape[1]):
-        offset = max(offset, room[LOGARITHMS, arm])
-    for arm in range(room.shape[1]):
-        room[WEIGHTS, arm] = math.exp(room[LOGARITHMS, arm] - offset)
-    options[6] = offset
-
-
-@compiled
-def exp3(options, arm, reward, room):
-    """The weights of Exp3 after a reward: their logarithms, and exponentials relative to the offset options[6]."""
-    arms = room.shape[1]
-    rate, implicit, bonus, share, total = options[0], options[2], options[3], options[4], options[5]
-    if bonus > 0.0:
-        for other in range(arms):
-            room[LOGARITHMS, other] += rate * bonus * total / room[INDEX, other]
-        room[LOGARITHMS, arm] += rate * reward * total / room[INDEX, arm]
-        shift(options, room)
-    else:
-        room[LOGARITHMS, arm] -= rate * (1.0 - reward) / (room[INDEX, arm] / total + implicit)
-        room[WEIGHTS, arm] = math.exp(room[LOGARITHMS, arm] - options[6])
-    total = 0.0
-    for other in range(arms):
-        total += room[WEIGHTS, other]
-    if share > 0.0:
-        for other in range(arms):
-            room[WEIGHTS, other] = (1.0 - share) * room[WEIGHTS, other] / total + share / arms
-            room[LOGARITHMS, other] = math.log(room[WEIGHTS, other])
-        options[6] = 0.0
-    elif total < 1e-100:
-        shift(options, room)
-
-
-@compiled
-def learn(kind, options, arm, reward, room):
-    """Take in the reward of an arm."""
-    room[COUNTS, arm] += 1.0
-    room[SUMS, arm] += reward
-    if kind == TSALLIS:
-        room[WEIGHTS, arm] += (1.0 - reward) * options[5] / room[INDEX, arm]
-    elif kind == EXP3:
-        exp3(options, arm, reward, room)
-
-
-@compiled
-def hedge(rate, arm, reward, moment, truth, deviation, table, options, room, z):
-    """Full feedback: the costs of all arms, of which that of `arm` is known."""
-    for other in range(room.shape[1]):
-        received = reward
-        if other != arm:
-            received, z = reward_of(other, moment, truth, deviation, table, z)
-        room[LOGARITHMS, other] -= rate * (1.0 - received)
-    shift(options, room)
-    return z
-
-
-@compiled
-def run_drawing(kind, given, schedule, truth, deviation, table, steps, first, z, curve, pulls):
-    """One run of any other policy."""
-    arms = len(pulls)
-    options, room, sums = given.copy(), np.zeros((6, arms)), np.zeros(arms)
-    room[WEIGHTS] = 0.0 if kind == TSALLIS else 1.0
-    best, regret, place = truth.max(), 0.0, 0
-    for moment in range(1, steps[-1] + 1):
-        level = schedule[moment if len(schedule) > 1 else 0]
-        arm, z = choose(kind, moment, level, options, room, first, z)
-        reward, z = reward_of(arm, moment, truth, deviation, table, z)
-        pulls[arm] += 1
-        if kind == HEDGE:
-            z = hedge(level, arm, reward, moment, truth, deviation, table, options, room, z)
-        else:
-            learn(kind, options, arm, reward, room)
-        regret += best - truth[arm]
-        if note(sums, table, moment):
-            regret -= reward
-        if moment == steps[place]:
-            curve[place] = regret + sums.max()
-            place += 1
-
-
 @entry
-def run_many(kind, options, schedule, truths, deviation, given, table, steps, first, seeds, curves, pulls):
-    """All runs in turn; truths has one row for all or one a run (zeros for a table); given: the table or None."""
+def run_many(kind, options, schedule, truths, deviation, table, steps, first, seeds, curves, pulls):
+    """All runs in turn; truths has one row for all or one a run (zeros for a table); table: the rewards or None."""
     for run in range(len(seeds)):
         truth = truths[run if len(truths) > 1 else 0]
         z, curve, counts = seeds[run], curves[run], pulls[run]
-        if kind <= UCB_V:
-            run_index(kind, options, schedule, truth, deviation, given, steps, first, z, curve, counts)
-        else:
-            run_drawing(kind, options, schedule, truth, deviation, table, steps, first, z, curve, counts)
+        run_index(kind, options, schedule, truth, deviation, table, steps, first, z, curve, counts)

@@ -115,24 +115,35 @@ def simulate(
             _play(policy(), truths[run % len(truths)], deviation, table, steps, source, curves[run], pulls[run])
     else:
         kind, numbers, schedule, first = _named(policy, truths.shape[1], horizon, options)
-        from kullback.stream.bandits._compiled import KL_UCB, run_many
-        from kullback.stream.bandits._compiled_kl import run_kl_ucb
-
         given = None if deviation < 0.0 else table
 
         def part(rows: slice) -> None:
             truth = truths if len(truths) == 1 else truths[rows]
-            if kind == KL_UCB:
-                run_kl_ucb(schedule, truth, deviation, given, steps, first, seeds[rows], curves[rows], pulls[rows])
-            else:
-                fixed = (kind, numbers, schedule, truth, deviation, given, table, steps, first)
-                run_many(*fixed, seeds[rows], curves[rows], pulls[rows])
+            world, out = (truth, deviation, given, steps), (seeds[rows], curves[rows], pulls[rows])
+            _run_compiled(kind, numbers, schedule, first, world, out)
 
         size = math.ceil(runs / workers)
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(part, [slice(start, start + size) for start in range(0, runs, size)]))
     noted, counted = torch.from_numpy(curves), torch.from_numpy(pulls)
     return RegretResult(final=noted[:, -1], steps=torch.from_numpy(steps), curves=noted, pulls=counted)
+
+
+def _run_compiled(kind: int, numbers: Floats, schedule: Floats, first: bool, world: Any, out: Any) -> None:
+    """The runs of a policy by its compiled loop; world and out: what it reads of the world, and fills."""
+    from kullback.stream.bandits._compiled import BETA, GAUSSIAN, KL_UCB, UCB_V, run_many
+    from kullback.stream.bandits._compiled_kl import run_kl_ucb
+    from kullback.stream.bandits._compiled_thompson import run_thompson
+    from kullback.stream.bandits._compiled_weighted import run_weighted
+
+    if kind <= UCB_V:
+        run_many(*(kind, numbers, schedule, *world, first, *out))
+    elif kind == KL_UCB:
+        run_kl_ucb(*(schedule, *world, first, *out))
+    elif kind in (BETA, GAUSSIAN):
+        run_thompson(*(kind, numbers, *world, *out))
+    else:
+        run_weighted(*(kind, numbers, schedule, *world, *out))
 
 
 def _arrays(environment: Any, horizon: int, runs: int) -> tuple[Floats, float, Floats]:
