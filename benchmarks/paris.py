@@ -8,7 +8,11 @@ ours and the peer's in turn, in seconds of this process; "ratio" is the time ove
 mean of all estimates made, "estimates" in number, minus the exact value; deviation: of a single estimate. Memory: by
 how much a process grows in a pass, once a small pass has brought in all code.
 
-Then chains: 200 in one batch beside 200 runs of one chain, of which a few are timed. At last the slope of time in N.
+Then chains: 200 in one batch beside 200 runs of one chain, of which a few are timed. The bar is a tenth of the time,
+and with 100 particles it is missed (about a seventh). A run of one chain spends some 2 us a particle and step, nearly
+all of it on calls, and a batch some 0.3 us: half on its two backward draws (2.6 proposals each, 25 ns a proposal; one
+draw in 70 sums all weights), a third on random numbers, exponentials and gathers. A tenth asks for proposals in 10 ns,
+about what their two random numbers, a look-up and a comparison take. At last the slope of time in N.
 """
 
 import json
