@@ -185,15 +185,15 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 key: [sum(row[key] for row in some) / len(some) for some in updates.values()]
                 for key in ("pass_rate", "drawn")
             }
-            axes[0].plot(list(updates), means["pass_rate"], color=f"C{number}", label=mode)
-            axes[1].plot(means["drawn"], means["pass_rate"], color=f"C{number}")
+            axes[0].plot(list(updates), means["pass_rate"], color=f"C{number}")
+            axes[1].plot(means["drawn"], means["pass_rate"], color=f"C{number}", label=mode)
             if mode in ("plain", "balanced"):
                 late = [row["solved"] for row in rows if row["mode"] == mode]
                 counts = [sum(solved[k] for solved in late) for k in range(GROUP + 1)]
                 places = [k + 0.4 * (mode == "balanced") - 0.2 for k in range(GROUP + 1)]
                 axes[2].bar(places, [c / sum(counts) for c in counts], width=0.4, color=f"C{number}", label=mode)
         axes[0].set(xlabel="updates", ylabel="exact pass rate, test prompts")
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[1].legend(frameon=False, fontsize=7, loc="upper left")
         axes[1].set(xlabel="prompts rolled out", xscale="log")
         axes[2].set(xlabel=f"right answers of {GROUP}", ylabel="share of the groups trained on")
         axes[2].legend(frameon=False, fontsize=7)
