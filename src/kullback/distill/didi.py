@@ -51,9 +51,9 @@ def sample_times(
     if min(a, b) <= 0.0 or not 0.0 < low <= high < 1.0:
         raise ConfigError(f"beta has two positive numbers and clip two in (0, 1) in order, got {beta} and {clip}")
     if beta == (1.0, 1.0):
-        draws = torch.rand(n, generator=generator, dtype=torch.float64)
+        draws = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
     else:
-        shape = torch.tensor([a, b], dtype=torch.float64).expand(n, 2).contiguous()
+        shape = torch.tensor([a, b], dtype=torch.float64, device=generator.device).expand(n, 2).contiguous()
         gammas = torch._standard_gamma(shape, generator=generator)
         draws = gammas[:, 0] / gammas.sum(-1)
     return draws.clamp(low, high)

@@ -107,7 +107,8 @@ class DiDiTrainer:
     """Distils `teacher` into `student`, a copy of it by default, by `step`; `ema` is the student to keep.
 
     teacher, student: z [b, L], t [b] to logits [b, L, V]; the teacher is called for its KL terms and as a reference
-    only. discriminator: z, t to logits [b, L], as `TokenDiscriminator`. length: L. All randomness is the generator's.
+    only. discriminator: z, t to logits [b, L], as `TokenDiscriminator`. length: L. All randomness is the generator's,
+    which is on the device of the models.
     Under data parallelism each process steps on its own sequences, and gradients are averaged.
     """
 
@@ -156,7 +157,9 @@ class DiDiTrainer:
         now, n = self.settings, self.settings.batch
         if (data is None) != (now.reference == "teacher"):
             raise ConfigError(f'reference="{now.reference}": data belongs to reference="data", and only there')
-        start = torch.full((n, self.length), self.mask_id) if prompt is None else prompt
+        start = prompt
+        if start is None:
+            start = torch.full((n, self.length), self.mask_id, device=self.generator.device)
         if start.shape != (n, self.length) or (data is not None and data.shape != start.shape):
             raise ShapeError(f"data and prompt have shape [{n}, {self.length}], a batch of whole sequences")
         times = n // now.group if now.tau_shared else n

@@ -312,7 +312,7 @@ def zero_shot_distill(
     student, all on the same batches and in one pass; accuracies [teachers, C], and `student` stays as it is. Raises
     ConfigError where no sample is left.
     """
-    kept = ~torch.isin(data.labels, torch.tensor(list(omit), dtype=data.labels.dtype))
+    kept = ~torch.isin(data.labels, data.labels.new_tensor(list(omit)))
     if not bool(kept.any()):
         raise ConfigError(f"no sample is left to train on without the classes {list(omit)}: omit fewer")
     inputs, labels = data.inputs[kept], data.labels[kept]
