@@ -11,6 +11,7 @@ from kullback.align.dph import Dph
 from kullback.align.f_dpg import FDpg, target_divergence
 from kullback.align.f_dpo import FDPOLoss, paper_divergence
 from kullback.align.grpo import Grpo
+from kullback.align.implicit import FSFT, matching_divergence
 from kullback.align.kdrl import BetaSchedule, Kdrl
 from kullback.align.methods import Preference, Supervised
 from kullback.align.nash_policy import NashPolicy
@@ -75,6 +76,7 @@ def method_names() -> list[str]:
 def _entries() -> dict[str, _Entry]:
     return {
         "sft": _Entry("completion", _sft),
+        "f-sft": _Entry("completion", _f_sft),
         "dpo": _Entry("pair", _dpo),
         "ipo": _Entry("pair", _ipo),
         "f-dpo": _Entry("pair", _f_dpo),
@@ -91,6 +93,15 @@ def _entries() -> dict[str, _Entry]:
 
 def _sft() -> Method:
     return Supervised()
+
+
+def _f_sft(
+    *, divergence: str = "hellinger", beta: float = 0.05, baseline: str = "zero", level: str = "sequence",
+    largest_weight: float | None = 4.0,
+) -> Method:  # fmt: skip
+    chosen: dict[str, Any] = {"baseline": baseline, "level": level, "largest_weight": largest_weight}
+    name: Any = divergence.replace("-", "_")
+    return FSFT(divergence=matching_divergence(name), beta=beta, **chosen)
 
 
 def _dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:

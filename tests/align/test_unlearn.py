@@ -1,0 +1,132 @@
+"""Unlearning on models where retraining is exact: matching arrives; and ensembles are many single models."""
+
+import pytest
+import torch
+from torch import nn
+
+from kullback.align.unlearn import (
+    ForgetProblem,
+    datamodel_direct,
+    datamodel_matching,
+    gradient_ascent,
+    gradient_descent,
+    gradient_descent_ascent,
+    scrub,
+)
+from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.rng import generator
+from kullback.models.ensemble import EnsembleMLP, train_ensemble
+
+OTHERS = {"descent": gradient_descent, "ascent": gradient_ascent, "both": gradient_descent_ascent, "scrub": scrub}
+
+
+def problem(points=60, forget=6):
+    draw = generator(0, "data")
+    inputs = torch.randn(points, 5, generator=draw, dtype=torch.float64)
+    labels = (inputs[:, 0] + 0.3 * torch.randn(points, generator=draw).double() > 0).long()
+    return ForgetProblem(inputs, labels, torch.arange(forget))
+
+
+def linear(seed=0):
+    model = nn.Linear(5, 2).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator(seed, "linear", *p.shape), dtype=torch.float64))
+    return model
+
+
+def test_matching_an_oracle_arrives_at_it_and_leaves_the_model_alone():
+    given, model, oracle = problem(), linear(0), linear(1)
+    before = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        targets = oracle(given.inputs)
+    options = {"generator": generator(2, "m"), "epochs": 3000, "learning_rate": 2e-2}
+    found = datamodel_matching(model, given, targets, **options)
+    for mine, true in zip(found.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(mine, true, atol=1e-6, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    by_kl = datamodel_matching(model, given, targets, loss="kl", **options)
+    torch.testing.assert_close(by_kl(given.inputs).softmax(-1), targets.softmax(-1), atol=1e-3, rtol=0)
+
+
+def test_nothing_to_do_changes_nothing():
+    given, model = problem(), linear()
+    targets = model(given.inputs).detach()
+    empty = ForgetProblem(given.inputs, given.labels, torch.arange(0))
+    for found in (
+        datamodel_matching(model, empty, targets, generator=generator(0)),
+        datamodel_matching(model, given, targets + 1.0, generator=generator(0), learning_rate=0.0),
+        datamodel_matching(model, given, targets, generator=generator(0), epochs=20, learning_rate=1e-2),
+    ):
+        for mine, own in zip(found.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine, own, atol=1e-9, rtol=0)
+
+
+def test_direct_adds_the_shift():
+    outputs, beta = torch.zeros(4, 3, 2), torch.arange(24.0).view(4, 3, 2)
+    found = datamodel_direct(outputs, beta, torch.tensor([1, 3]))
+    torch.testing.assert_close(found, -(beta[1] + beta[3]).expand(4, 3, 2))
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_the_other_ways_move_as_they_say(name):
+    given, model = problem(), linear()
+    before = [p.clone() for p in model.parameters()]
+    options = {"epochs": 20, "learning_rate": 5e-3}
+    found = OTHERS[name](model, given, generator=generator(1, name), **options)
+
+    def loss(m, points):
+        return nn.functional.cross_entropy(m(given.inputs[points]), given.labels[points]).item()
+
+    if name in ("descent", "both", "scrub"):
+        assert loss(found, given.retain) < loss(model, given.retain)
+    if name == "ascent":
+        assert loss(found, given.forget) > loss(model, given.forget)
+    again = OTHERS[name](model, given, generator=generator(1, name), **options)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_ensemble_is_many_single_models():
+    draw = generator(3, "ensemble")
+    ensemble = EnsembleMLP(3, (5, 7, 2), generator=draw, dtype=torch.float64)
+    singles = []
+    for place in range(3):
+        single = EnsembleMLP(1, (5, 7, 2), generator=generator(0), dtype=torch.float64)
+        with torch.no_grad():
+            for mine, whole in zip(single.parameters(), ensemble.parameters(), strict=True):
+                mine.copy_(whole[place : place + 1])
+        singles.append(single)
+    given = problem()
+    weights = torch.ones(3, 60, dtype=torch.float64)
+    weights[1, :10] = 0.0
+    train_ensemble(ensemble, given.inputs, given.labels, weights=weights, steps=40)
+    for place, single in enumerate(singles):
+        kept = weights[place] > 0
+        train_ensemble(single, given.inputs[kept], given.labels[kept], steps=40)
+        torch.testing.assert_close(single(given.inputs)[0], ensemble(given.inputs)[place], atol=1e-6, rtol=0)
+    targets = ensemble(given.inputs).detach() + 0.5
+    options = {"epochs": 5, "learning_rate": 1e-2, "retain_multiplier": 100}
+    together = datamodel_matching(ensemble, given, targets, generator=generator(4), **options)
+    alone = datamodel_matching(singles[2], given, targets[2:], generator=generator(4), **options)
+    torch.testing.assert_close(alone(given.inputs)[0], together(given.inputs)[2], atol=1e-6, rtol=0)
+
+
+def test_bad_input():
+    given = problem()
+    for wrong in (torch.tensor([0, 0]), torch.tensor([99]), torch.tensor([-1]), torch.zeros(1, 1, dtype=torch.long)):
+        with pytest.raises(ShapeError, match="forget"):
+            ForgetProblem(given.inputs, given.labels, wrong)
+    with pytest.raises(ShapeError, match="targets"):
+        datamodel_matching(linear(), given, torch.zeros(3, 2), generator=generator(0))
+    with pytest.raises(ConfigError, match="loss"):
+        datamodel_matching(linear(), given, torch.zeros(60, 2), generator=generator(0), loss="l1")
+    with pytest.raises(ConfigError, match="epochs"):
+        gradient_descent(linear(), given, generator=generator(0), epochs=-1)
+    one = EnsembleMLP(1, (5, 2), generator=generator(0))
+    with pytest.raises(ShapeError, match="weights"):
+        train_ensemble(one, given.inputs, given.labels, weights=torch.ones(3, 60))
+    with pytest.raises(ConfigError, match="single example"):
+        train_ensemble(one, given.inputs.float(), given.labels, weights=torch.zeros(1, 60))
+    with pytest.raises(ConfigError, match="ensemble"):
+        EnsembleMLP(0, (5, 2), generator=generator(0))

@@ -1,0 +1,44 @@
+"""The parts of the unlearning reproduction, and one forget set in small."""
+
+import pytest
+import torch
+
+from kullback.core.runs import Run
+from kullback.papers.dmm import reproduce as paper
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture
+def data():
+    images, labels = paper.digits()
+    return images[:300], labels[:300], images[300:600], labels[300:600]
+
+
+def test_a_coherent_set_is_of_one_digit(data):
+    found = paper._neighbours(data[0], data[1], 8)
+    assert len(found) == paper.FORGET == len(set(found.tolist()))
+    assert (data[1][found] == 8).all()
+    spread = torch.cdist(data[0][found], data[0][found]).mean()
+    others = (data[1] == 8).nonzero().squeeze(1)
+    assert spread <= 1.1 * torch.cdist(data[0][others], data[0][others]).mean()
+
+
+def test_outputs_have_no_mean_over_classes(data):
+    model = paper._trained(data, 2, None, 0, "test")
+    assert paper._outputs(model, data[0]).mean(-1).abs().max() < 1e-5
+    assert paper._margins(model, data).shape == (2, 600)
+
+
+@pytest.mark.reproduce
+def test_one_seed_in_small(tmp_path, monkeypatch):
+    for name, value in {"MODELS": 6, "SUBSETS": (20, 40), "CHUNK": 20, "DIGITS": (8,)}.items():
+        monkeypatch.setattr(paper, name, value)
+    monkeypatch.setitem(paper.MATCHING, "epochs", 30)
+    report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
+    by_name = {row["method"]: row for row in report.rows}
+    assert {"nothing", "floor", "oracle", "DMM 20", "DMM 40"} < by_name.keys()
+    assert by_name["oracle"]["forget"] < by_name["nothing"]["forget"]
+    monkeypatch.setattr(paper, "DIGITS", (8, 8))
+    paper.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 10_000
