@@ -190,6 +190,15 @@ def test_a_reward_that_fails_ends_the_job_or_gives_nothing(reward, words, adder,
     assert events(run.path)[-1]["reward"] == 0.0
 
 
+@pytest.mark.parametrize("kept", ["balanced", "nonzero"])
+def test_groups_of_one_difficulty(kept, adder, tmp_path):
+    sampling = job.SamplingConfig(group=4, validation=4, filter=kept, most_draws=20)
+    run = job.run(with_training(align_config(adder, sampling=sampling), steps=10), tmp_path / "run")
+    (step,) = events(run.path, kind="step")
+    assert 0.0 < step["metric/reward"] < 1.0, "no group was all right or all wrong"
+    assert events(run.path)[-1]["divergence"] > 1e-6
+
+
 def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:constant")
@@ -255,6 +264,8 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"sampling": job.SamplingConfig(group=1)}, ConfigError, "sampling.group"),
         ({"sampling": job.SamplingConfig(server="http://x", temperature=0.5)}, ConfigError, "temperature 1"),
         ({"method": "dpo", "sampling": job.SamplingConfig(server="http://x")}, ConfigError, "sampling.server"),
+        ({"sampling": job.SamplingConfig(filter="heavy")}, ConfigError, "heavy"),
+        ({"method": "dpo", "sampling": job.SamplingConfig(filter="balanced")}, ConfigError, "sampling.filter"),
         ({"model": ""}, ConfigError, "no model"),
         ({"data": job.ExampleConfig()}, ConfigError, "no data"),
         ({"data": job.ExampleConfig(train="gone.jsonl")}, DataError, "gone.jsonl does not exist"),

@@ -15,13 +15,14 @@ from transformers import Trainer
 
 from kullback.align.log_probs import completion_log_probs
 from kullback.align.methods import Method
-from kullback.align.rollouts import pad_left
-from kullback.align.scored import ScoredRollouts
+from kullback.align.rollouts import Rollouts, pad_left
 from kullback.core.errors import ConfigError
 from kullback.core.rng import generator
 
 __all__ = ["AlignTrainer", "Reference", "adapter_reference", "collate_completions", "frozen_reference", "index_items"]
 
+# (model, numbers of prompts, *, group, generator) -> completions and their rewards: ScoredRollouts, FilteredSource
+RolloutSource = Callable[..., tuple[Rollouts, Tensor]]
 # (ids [B, L + T], attention_mask [B, L + T], completion_mask [B, T]) -> log-probabilities [B, T]
 Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -96,7 +97,7 @@ class AlignTrainer(Trainer):
         *args: Any,
         method: Method,
         reference: Reference | None = None,
-        rollouts: ScoredRollouts | None = None,
+        rollouts: RolloutSource | None = None,
         group: int = 1,
         temperature: float = 1.0,
         vocabulary: int | None = None,
@@ -165,7 +166,7 @@ class AlignTrainer(Trainer):
             self._sums, self._terms = {}, 0
         super().log(logs, start_time)
 
-    def _roll_out(self, source: ScoredRollouts, index: Sequence[int], draw: torch.Generator) -> dict[str, Any]:
+    def _roll_out(self, source: RolloutSource, index: Sequence[int], draw: torch.Generator) -> dict[str, Any]:
         policy = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), self._precision():
             rolled, rewards = source(policy, index, group=self.group, generator=draw)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from kullback.align._hf import AlignTrainer, Reference, adapter_reference, frozen_reference, index_items
+from kullback.align.difficulty import difficulty_filter
+from kullback.align.difficulty_sampler import FilteredSource
 from kullback.align.scored import ScoredRollouts
 from kullback.align.soup import soup_state_dict
 from kullback.core.errors import ConfigError, RewardError
@@ -132,8 +134,7 @@ class Alignment:
             data_collator=None if online else collator(self.tokenizer.eos_token_id),
             method=method,
             reference=self.reference_of(policy) if method.needs_reference else None,
-            rollouts=replace(self.rollouts(self.examples, self.reward_failed(run)), server=self.server)
-            if online else None,
+            rollouts=self._training_source(run) if online else None,
             group=part.sampling.group,
             temperature=self._temperature(),
             vocabulary=len(self.tokenizer),
@@ -141,6 +142,15 @@ class Alignment:
         )
         trainer.run, trainer.keep_checkpoints = run, part.training.keep
         return trainer
+
+    def _training_source(self, run: Run) -> Any:
+        """Where the training completions come from: the policy or a server, all prompts or those of a difficulty."""
+        sampling = self.config.sampling
+        source = replace(self.rollouts(self.examples, self.reward_failed(run)), server=self.server)
+        if not sampling.filter:
+            return source
+        keep: Any = sampling.filter
+        return FilteredSource(source=source, keep=difficulty_filter(keep), max_draws=sampling.most_draws)
 
     def rollouts(self, examples: Examples, on_error: Any = None) -> ScoredRollouts:
         """The sampling of completions of these prompts, with their rewards (0 where the job has no reward)."""
@@ -174,6 +184,11 @@ class Alignment:
             raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
         if self.kind == "online" and self.config.sampling.group < 2:
             raise ConfigError(f"{self.config.method.name} compares completions of a prompt: set sampling.group over 1")
+        if self.config.sampling.filter and self.kind != "online":
+            raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.filter out")
+        if self.config.sampling.filter:
+            keep: Any = self.config.sampling.filter
+            difficulty_filter(keep)
         if self.config.sampling.server and self.kind != "online":
             raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.server out")
         if self.config.method.name == "kdrl" and not self.config.reference:

@@ -62,7 +62,8 @@ class SamplingConfig:
     """Sampling. group: completions a prompt and step, of methods that learn from samples; temperature: of the policy;
     validation: completions a validation prompt; batch: prompts that are sampled at once, 0 for all; server: the address
     of an OpenAI-compatible server that draws the training completions in the policy's place, from a copy of it: they
-    have the server's log-probabilities, to which the ratio is clipped.
+    have the server's log-probabilities, to which the ratio is clipped; filter: balanced, easy, hard or nonzero, to
+    train on groups of that difficulty only, drawing at most most_draws prompts a step for them.
     """
 
     group: int = 8
@@ -70,6 +71,8 @@ class SamplingConfig:
     validation: int = 8
     batch: int = 0
     server: str = ""
+    filter: str = ""
+    most_draws: int = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
