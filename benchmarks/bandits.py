@@ -4,12 +4,12 @@ Online: one pull and one update of policy objects on coins, one thread; contende
 over stretches of rounds. "ratio" is the peer's time over ours. Simulator: compiled rounds a second on one core, beside
 our own loop over policy objects, its naive twin, and a loop over river. Regret: one formula, the same rewards.
 
-The bar is 10^7 rounds a second with ten arms. All index policies pass it, and of those that draw, Exp3 and Thompson
-sampling with Gaussian posteriors. Near it are Exp3.S, Exp3.P and Hedge, which do a logarithm, two divisions or a
-random number for every arm, and Tsallis-INF, which solves an equation in two or three passes with a division an arm:
-10 ns an arm is all that there is. Thompson sampling with Beta posteriors is at half of it: a round draws twenty Gamma
-numbers, of some 8 ns each (a normal number of 3.5 ns, a uniform one, a cube, a comparison), and 10^7 rounds leave 5
-ns. With more arms each of these passes costs in proportion.
+The bar is 10^7 rounds a second with ten arms. All index policies pass it, and of those that draw, Exp3, Exp3-IX,
+Exp3.S and Thompson sampling with Gaussian posteriors. Near it are Hedge and Exp3.P, which draw a number or make two
+divisions and an exponential for every arm, and Tsallis-INF, which solves an equation in two or three passes with a
+division an arm: 10 ns an arm is all that there is. Thompson sampling with Beta posteriors is at half of it: a round
+draws twenty Gamma numbers, of some 8 ns each (a normal number of 3.5 ns, a uniform one, a cube, a comparison), and
+10^7 rounds leave 5 ns. With more arms each of these passes costs in proportion.
 """
 
 import json
