@@ -22,7 +22,7 @@ def distill(
     teacher: Annotated[str, typer.Option(help="Model directory, teacher cache, or server address.")] = "",
     student: Annotated[str, typer.Option(help="Model directory to train.")] = "",
     data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a folder of them.")] = "",
-    objective: Annotated[str, typer.Option(help="A divergence by name, or sinkd.")] = "",
+    objective: Annotated[str, typer.Option(help="A divergence by name, sinkd, pld or bd-kd.")] = "",
     config: Annotated[Path | None, typer.Option(help="A TOML file with the whole configuration.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, any key of the configuration.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/distill-N.")] = None,

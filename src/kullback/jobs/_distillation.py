@@ -200,8 +200,6 @@ def _collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def _check_truncated(objective: ObjectiveConfig, *, served: bool) -> None:
     """Raise ConfigError for what a teacher that gives its likeliest tokens alone cannot do."""
-    if objective.name == "sinkd":
-        raise ConfigError("sinkd compares whole distributions: name the teacher's model directory as the teacher")
     if served and objective.temperature != 1:
         raise ConfigError(
             f"a server answers at temperature 1 and the objective asks for {objective.temperature}: a truncated "
