@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
-from kullback.data.corpora import corpus
 from kullback.models.denoisers import FlatDenoiser, SpectralLinear, TokenDiscriminator, TransformerDenoiser
 from kullback.models.masked_diffusion import (
     CosineSchedule,
@@ -300,35 +299,3 @@ def test_what_is_refused(generator):
         LogLinearSchedule(1.0)
     with pytest.raises(ConfigError, match="multiple"):
         TransformerDenoiser(4, 4, width=10, heads=4, generator=generator)
-
-
-@pytest.mark.slow
-def test_real_text_is_learnt_beyond_its_letters(generator):
-    """Letters of prose in windows of 32: the bound falls below the entropy of single letters, held out."""
-    texts = corpus("prose")
-    letters = " abcdefghijklmnopqrstuvwxyz"
-
-    def windows(documents):
-        text = " ".join("".join(c if c in letters else " " for c in one.lower()) for one in documents)
-        ids = torch.tensor([letters.index(c) for c in " ".join(text.split())])
-        return ids[: len(ids) // 32 * 32].view(-1, 32)
-
-    train, held_out = windows(texts.train), windows(texts.validation)[:512]
-    model = TransformerDenoiser(27, 32, width=64, layers=2, generator=generator)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(400):
-        x = train[torch.randint(len(train), (64,), generator=generator)]
-        loss = mdm_loss(model, x, schedule=LogLinearSchedule(), mask_id=27, generator=generator).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    share = torch.bincount(train.flatten(), minlength=27) / train.numel()
-    unigram = -(torch.bincount(held_out.flatten(), minlength=27) / held_out.numel() * share.log()).sum().item()
-    with torch.no_grad():
-        bound = mdm_loss(
-            model, held_out, schedule=LogLinearSchedule(), mask_id=27, generator=generator
-        ).loss.item()
-    assert bound < unigram - 0.15
-    sample = AncestralSampler(model, steps=32, mask_id=27).run(64, 32, generator=generator)
-    drawn = torch.bincount(sample.flatten(), minlength=27) / sample.numel()
-    assert (drawn - share).abs().sum().item() < 0.25

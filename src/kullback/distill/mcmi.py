@@ -26,6 +26,7 @@ from kullback.core.errors import ConfigError, DataError, ShapeError
 __all__ = ["CMIMeter", "MCMITerms", "class_centroids", "effective_dimension", "empirical_cmi", "mcmi_loss"]
 
 _FLOOR = 1e-12  # a centroid may be 0 where it was computed from other outputs than those it is compared with
+_ENTRIES = 1 << 17  # outputs that a meter takes in at once on a processor
 Bonus = Literal["cmi", "entropy", "smoothing", "separation"]
 
 
@@ -272,23 +273,24 @@ class CMIMeter:
         if not bool(kept.all()):
             logits, labels, groups = logits[kept], labels[kept], groups[kept]
         _check_range(groups, len(self.count), "groups")
-        log_probs = torch.log_softmax(_widened(logits) / self.temperature, dim=-1)
-        probs = log_probs.exp()
         self.count += torch.bincount(groups, minlength=len(self.count)).to(self.count)
-        self._add("probs", groups, probs)
-        if self.log_probs is not None:
-            self._add("log_probs", groups, log_probs)
-        self.correct += float((logits.argmax(-1) == labels).sum())
-        at_label = log_probs.gather(-1, labels.unsqueeze(-1))
-        self.cross_entropy -= float(at_label.double().sum())
-        entropies = probs.mul_(log_probs.clamp_(min=-1e30)).sum(-1)
-        self._add("negative_entropy", groups, entropies)
+        rows = max(1, _ENTRIES // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        for part in zip(logits.split(rows), labels.split(rows), groups.split(rows)):
+            self._take(*part)
         return self
 
-    def _add(self, name: str, groups: Tensor, values: Tensor) -> None:
-        # Summed over the batch in its own type, without a copy of the batch in float64, and kept in float64.
-        total = getattr(self, name)
-        total += values.new_zeros(total.shape).index_add_(0, groups, values).to(total)
+    def _take(self, logits: Tensor, labels: Tensor, groups: Tensor) -> None:
+        """Add a few rows, whose outputs stay in the caches from one sum to the next."""
+        log_probs = torch.log_softmax(_widened(logits) / self.temperature, dim=-1)
+        probs = log_probs.exp()
+        groups = groups.to(self.count.device)
+        self.probs.index_add_(0, groups, probs.to(self.probs))
+        if self.log_probs is not None:
+            self.log_probs.index_add_(0, groups, log_probs.to(self.log_probs))
+        self.correct += float((logits.argmax(-1) == labels).sum())
+        self.cross_entropy -= float(log_probs.gather(-1, labels.unsqueeze(-1)).double().sum())
+        entropies = probs.mul_(log_probs.clamp_(min=-1e30)).sum(-1)
+        self.negative_entropy.index_add_(0, groups, entropies.to(self.negative_entropy))
 
     def merge(self, other: CMIMeter) -> CMIMeter:
         """Take in what another meter of the same kind has seen, as of another process; returns itself."""
