@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.reduce import masked_mean
+from kullback.core.types import Divergence
 from kullback.distill.objective import Objective
 from kullback.divergences import from_logits, kl, reverse_kl
 from kullback.divergences.fused import check_pair
@@ -458,7 +459,7 @@ def bdkd_objective(
     if not gate_temperature > 0.0:
         raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
     options: dict[str, Any] = {"delta": delta, "mode": mode, "gate": gate, "width": width or None}
-    divergence = partial(balanced_kl, power=temperature / gate_temperature, **options)
+    divergence: Divergence = partial(balanced_kl, power=temperature / gate_temperature, **options)
     objective = Objective(
         divergence=divergence, cross_entropy=cross_entropy, temperature=temperature,
         squared_temperature=squared_temperature,

@@ -27,7 +27,8 @@ __all__ = ["draw", "reproduce"]
 
 GROUPS, CLASSES, LATENT, FEATURES = 6, 30, 16, 64
 LARGEST, RATIO, TEST, REPEATS = 200, 50, 60, 3
-ALPHA, SETTINGS = 0.6, {"epochs": 40, "warm_epochs": 10, "hidden": 64, "width": 32, "scale": 16.0}
+ALPHA, EPOCHS = 0.6, 40
+SETTINGS: Mapping[str, Any] = {"warm_epochs": 10, "hidden": 64, "width": 32, "scale": 16.0}
 # lam and alpha of each ensemble.
 METHODS: Mapping[str, tuple[tuple[float, ...], float]] = {
     "cross-entropy": ((0.0, 0.0, 0.0), 0.0),
@@ -60,8 +61,8 @@ def mixture(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def train(seed: int, method: str, repeat: int, rows: Tensor, labels: Tensor, epochs: int) -> MDCSClassifier:
     """An ensemble; repeat: the further seed of its training."""
     lam, alpha = METHODS[method]
-    settings: dict[str, Any] = {**SETTINGS, "epochs": epochs}
-    return MDCSClassifier(lam=lam, alpha=alpha, seed=1000 * repeat + seed, **settings).fit(rows, labels)
+    seed += 1000 * repeat
+    return MDCSClassifier(lam=lam, alpha=alpha, seed=seed, epochs=epochs, **SETTINGS).fit(rows, labels)
 
 
 def by_class(predicted: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def summary(accuracy: Tensor, counts: Tensor) -> dict[str, float]:
     return {"all": accuracy.mean().item(), **many_medium_few(counts, accuracy)}
 
 
-def study(seed: int, epochs: int = SETTINGS["epochs"]) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+def study(seed: int, epochs: int = EPOCHS) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Rows for the figure, and for each method its accuracies, those of its experts, and how it varies."""
     rows, labels, test_rows, test_labels, counts = mixture(seed)
     table, found = [], {}
