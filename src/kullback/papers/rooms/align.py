@@ -99,7 +99,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             for place, method in enumerate(methods):
                 found = [row for row in rows if row["method"] == method]
                 x, y = ([row[name] for row in found] for name in (key, "reward"))
-                style: dict[str, Any] = {"marker": "o", "color": f"C{place % 10}"}
+                style: dict[str, Any] = {"marker": "o" if place < 10 else "s", "color": f"C{place % 10}"}
                 if method == "before":
                     style = {"marker": "*", "color": "black"}
                 panel.plot(x, y, linestyle="none", markersize=5, label=method, **style)
