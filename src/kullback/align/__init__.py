@@ -134,6 +134,7 @@ from kullback.align.tradeoff import (
     solve_tilt_for_kl,
     tilt,
 )
+from kullback.align.unlearn import ForgetProblem, datamodel_matching, gradient_ascent, gradient_descent, scrub
 
 __all__ = [
     "FSFT",
@@ -149,6 +150,7 @@ __all__ = [
     "FSFTOutput",
     "FilteredBatch",
     "FilteredSource",
+    "ForgetProblem",
     "Frontier",
     "FrontierEstimate",
     "FrontierEstimator",
@@ -194,6 +196,7 @@ __all__ = [
     "completion_log_probs",
     "constant_groups",
     "coverage_at_k",
+    "datamodel_matching",
     "difficulty_filter",
     "distinct_n",
     "divergence_estimates",
@@ -209,6 +212,8 @@ __all__ = [
     "fsft_loss",
     "generalised_advantages",
     "geometric_soup",
+    "gradient_ascent",
+    "gradient_descent",
     "grouped_advantages",
     "implicit_reward",
     "implicit_reward_accuracy",
@@ -262,6 +267,7 @@ __all__ = [
     "sample_rollouts",
     "sampled_divergence",
     "score",
+    "scrub",
     "self_play",
     "self_similarity",
     "sequence_log_probs",

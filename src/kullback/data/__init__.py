@@ -4,6 +4,7 @@ from kullback.data.arrays import digits
 from kullback.data.cache import cached
 from kullback.data.corpora import Corpus, corpus
 from kullback.data.examples import Example, read_examples, split_examples
+from kullback.data.long_tail import long_tail_counts, make_long_tail, many_medium_few
 from kullback.data.packing import PackedTokens, load_packed, pack
 from kullback.data.records import read_records
 from kullback.data.text import held_out, read_documents
@@ -18,6 +19,9 @@ __all__ = [
     "digits",
     "held_out",
     "load_packed",
+    "long_tail_counts",
+    "make_long_tail",
+    "many_medium_few",
     "pack",
     "read_documents",
     "read_examples",

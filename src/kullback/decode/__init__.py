@@ -1,5 +1,14 @@
 """Decoding: how text is drawn from a language model."""
 
 from kullback.decode.ancestral import Drawn, draw_tokens
+from kullback.decode.backspace import backspace_layout, generate_with_backspace, inject_noise
+from kullback.decode.served import ServedSampler
 
-__all__ = ["Drawn", "draw_tokens"]
+__all__ = [
+    "Drawn",
+    "ServedSampler",
+    "backspace_layout",
+    "draw_tokens",
+    "generate_with_backspace",
+    "inject_noise",
+]

@@ -2,6 +2,8 @@
 
 from kullback.models.adder import trained_adder
 from kullback.models.denoisers import FlatDenoiser, TokenDiscriminator, TransformerDenoiser
+from kullback.models.ensemble import EnsembleMLP, train_ensemble
+from kullback.models.experts import CosineHead, ExpertLinear, Experts, MultiExpert
 from kullback.models.masked_diffusion import (
     CosineSchedule,
     LogLinearSchedule,
@@ -15,15 +17,21 @@ from kullback.models.small import small_llama, trained_llama
 
 __all__ = [
     "AncestralSampler",
+    "CosineHead",
     "CosineSchedule",
+    "EnsembleMLP",
+    "ExpertLinear",
+    "Experts",
     "FlatDenoiser",
     "LogLinearSchedule",
+    "MultiExpert",
     "TokenDiscriminator",
     "TransformerDenoiser",
     "mdm_exact_distribution",
     "mdm_loss",
     "mdm_posterior",
     "small_llama",
+    "train_ensemble",
     "trained_adder",
     "trained_llama",
     "transition_logprob",
