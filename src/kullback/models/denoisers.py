@@ -73,6 +73,17 @@ class FlatDenoiser(nn.Module):
         return self.head(self.features(z)).view(len(z), self.length, -1)
 
 
+def _angles(length: int, width: int) -> Tensor:
+    """Rotary angles [L, d / 2] of a head of width d: a position turns the first pair by 1, the last by 1 / 1000."""
+    rates = 1000.0 ** -torch.linspace(0.0, 1.0, width // 2)
+    return torch.arange(length).unsqueeze(-1) * rates
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int, layers: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -83,29 +94,37 @@ class _Block(nn.Module):
         self.inner = _linear(width, 4 * width, generator)
         self.outer = _linear(4 * width, width, generator, (2 * layers) ** -0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         b, length, width = x.shape
-        q, k, v = self.mixing(self.before(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(q, k, v)
+        mixing = self.mixing(self.before(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = _turned(mixing[:2], cosine.to(mixing), sine.to(mixing))
+        attended = functional.scaled_dot_product_attention(q, k, mixing[2])
         x = x + self.mixed(attended.transpose(1, 2).reshape(b, length, width))
         return x + self.outer(functional.gelu(self.inner(self.between(x))))
 
 
 class TransformerDenoiser(nn.Module):
-    """A transformer whose positions all see each other, with learned positions up to `length`; logits [b, L, V].
+    """A transformer whose positions all see each other, up to `length` of them; logits [b, L, V].
 
-    Raises ConfigError for sizes that do not fit.
+    Attention is rotary, with learned positions besides. Raises ConfigError for sizes that do not fit.
     """
 
     def __init__(
         self, symbols: int, length: int, *, width: int = 64, layers: int = 2, heads: int = 4, generator: torch.Generator
     ) -> None:
         super().__init__()
-        if min(symbols, length, width, layers, heads) < 1 or width % heads:
-            raise ConfigError(f"width is a multiple of heads, and sizes are 1 or more, got {width} and {heads} heads")
+        if min(symbols, length, width, layers, heads) < 1 or width % (2 * heads):
+            raise ConfigError(f"width is a multiple of 2 x heads, and sizes are 1 or more, got {width}, {heads} heads")
         self.symbols, self.length, self.width, self.outputs = symbols, length, width, 1
         self.embedding = _table(symbols + 1, width, generator)
         self.positions = _table(length, width, generator, 0.3)
+        # From learned positions alone, attention does not find a symbol's neighbours in thousands of steps: it must
+        # see distances from the start.
+        angles = _angles(length, width // heads)
+        self.cosine: Tensor
+        self.sine: Tensor
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
         self.blocks = nn.ModuleList([_Block(width, heads, layers, generator) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.head: nn.Module = _linear(width, symbols, generator, 0.5)
@@ -115,8 +134,9 @@ class TransformerDenoiser(nn.Module):
         if z.shape[1] > self.length:
             raise ShapeError(f"sequences have up to {self.length} positions here, got {z.shape[1]}")
         hidden = _embedded(self.embedding, z) + self.positions[: z.shape[1]]
+        cosine, sine = self.cosine[: z.shape[1]], self.sine[: z.shape[1]]
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, cosine, sine)
         return self.norm(hidden)
 
     def forward(self, z: Tensor, t: Tensor | None = None) -> Tensor:
