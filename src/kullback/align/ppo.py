@@ -34,9 +34,10 @@ def shaped_rewards(
     if rewards.shape != mask.shape[:1]:
         raise ShapeError(f"rewards are one a completion, [{len(mask)}], got {tuple(rewards.shape)}")
     held = mask.bool()
-    gap = torch.where(held, log_prob.detach() - reference_log_prob, 0.0)
-    last = held & (held.flip(1).cumsum(1).flip(1) == 1)
-    return -beta * gap + last * rewards.unsqueeze(1)
+    found = torch.where(held, reference_log_prob - log_prob.detach(), 0.0).mul_(beta)
+    last = held.shape[1] - 1 - held.flip(1).byte().argmax(1, keepdim=True)
+    paid = torch.where(held.gather(1, last), rewards.unsqueeze(1).to(found.dtype), 0.0)
+    return found.scatter_add_(1, last, paid)
 
 
 def generalised_advantages(
