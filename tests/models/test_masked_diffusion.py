@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.data.corpora import corpus
 from kullback.models.denoisers import FlatDenoiser, SpectralLinear, TokenDiscriminator, TransformerDenoiser
 from kullback.models.masked_diffusion import (
     CosineSchedule,
@@ -264,6 +266,51 @@ def test_networks_and_their_discriminators(kind, generator):
         model(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ShapeError, match="columns"):
         model(torch.zeros(1, 6, 5))
+
+
+def letters(documents):
+    """Lower-case letters and the space between words, as symbols 0..26."""
+    words = re.findall("[a-z]+", " ".join(documents).lower())
+    return torch.tensor(["abcdefghijklmnopqrstuvwxyz ".index(letter) for letter in " ".join(words)])
+
+
+def windows(text, n, length, generator):
+    starts = torch.randint(len(text) - length + 1, (n, 1), generator=generator)
+    return text[starts + torch.arange(length)]
+
+
+def trained_on(text, model, generator, steps=200, rate=5e-3):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20) * (1.0 - 0.9 * step / steps)
+        x = windows(text, 64, model.length, generator)
+        loss = mdm_loss(model, x, schedule=LogLinearSchedule(), mask_id=27, generator=generator).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_a_transformer_learns_real_text_as_its_attention_sees_distances(rotary, generator):
+    texts = corpus("prose")
+    text, held_out = letters(texts.train), letters(texts.validation)
+    model = TransformerDenoiser(27, 16, generator=generator)
+    if not rotary:  # positions are then learned from nothing, and letters' frequencies are all that is found
+        model.cosine.fill_(1.0)
+        model.sine.zero_()
+    trained_on(text, model, generator)
+    share, found = (torch.bincount(part, minlength=27) / len(part) for part in (text, held_out))
+    frequencies = -(found * share.log()).sum().item()
+    x = windows(held_out, 2048, 16, generator)
+    with torch.no_grad():
+        bound = mdm_loss(model, x, schedule=LogLinearSchedule(), mask_id=27, generator=generator).loss.item()
+        few = corrupt(x, 0.9, 27, generator=generator)
+        right = (model(few).argmax(-1) == x)[few == 27].float().mean().item()
+    # Measured over four seeds: 0.27 to 0.37 nats and 0.32 to 0.34; without, -0.03 and 0.19, the share of spaces.
+    assert (frequencies - bound > 0.2) == rotary
+    assert (right > 0.25) == rotary
 
 
 def test_a_spectral_layer_has_norm_one(generator):
