@@ -297,10 +297,10 @@ def test_a_transformer_learns_real_text_as_its_attention_sees_distances(rotary, 
     texts = corpus("prose")
     text, held_out = letters(texts.train), letters(texts.validation)
     model = TransformerDenoiser(27, 16, generator=generator)
-    if not rotary:  # positions are then learned from nothing, and letters' frequencies are all that is found
+    if not rotary:  # letters' frequencies are all that is then found: 1,600 steps gained 0.06 nats
         model.cosine.fill_(1.0)
         model.sine.zero_()
-    trained_on(text, model, generator)
+    trained_on(text, model, generator, steps=200 if rotary else 80)
     share, found = (torch.bincount(part, minlength=27) / len(part) for part in (text, held_out))
     frequencies = -(found * share.log()).sum().item()
     x = windows(held_out, 2048, 16, generator)
@@ -308,7 +308,7 @@ def test_a_transformer_learns_real_text_as_its_attention_sees_distances(rotary, 
         bound = mdm_loss(model, x, schedule=LogLinearSchedule(), mask_id=27, generator=generator).loss.item()
         few = corrupt(x, 0.9, 27, generator=generator)
         right = (model(few).argmax(-1) == x)[few == 27].float().mean().item()
-    # Measured over four seeds: 0.27 to 0.37 nats and 0.32 to 0.34; without, -0.03 and 0.19, the share of spaces.
+    # Measured over four seeds: 0.27 to 0.37 nats and 0.32 to 0.34; without, none and 0.19, the share of spaces.
     assert (frequencies - bound > 0.2) == rotary
     assert (right > 0.25) == rotary
 
