@@ -364,7 +364,7 @@ def _main(folder: Path) -> int:
         text = " ".join(str(error).split())
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {text}"}
         atomic_write(folder / "traceback.txt", traceback.format_exc())
-    seconds = round(time.monotonic() - started, 3)
+    seconds = round(time.monotonic() - started, 6)
     atomic_write(folder / "unit.json", json.dumps({**content, **outcome, "seconds": seconds}, indent=2) + "\n")
     return 0 if outcome["status"] == "done" else 1
 
