@@ -1,8 +1,8 @@
 """Rewards of tokens, bounds, and the evidence of a far posterior. Writes rl_kl_bayes.json.
 
 One thread, medians of calls in turn. "shaped": token rewards of 64 completions of 512 and 2048 tokens over a bare
-masked subtraction. "evidence": sequences of 16 tokens rewarded for the rarest one, with about as many calls of the prior for
-importance sampling and for annealing with suffix moves; mean squared error of log Z over 20 runs, and their ratio.
+masked subtraction. "evidence": sequences of 16 tokens rewarded for the rarest one, with about as many calls of the
+prior for importance sampling and for annealing with suffix moves; mean squared error of log Z over 20 runs, and ratio.
 """
 
 import json
