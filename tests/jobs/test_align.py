@@ -251,7 +251,7 @@ def test_a_judge_of_pairs(adder, tmp_path):
     [
         ({"method": "gpro"}, ConfigError, "did you mean grpo"),
         ({"options": {"betta": 1.0}}, ConfigError, "did you mean beta"),
-        ({"options": {"beta": "much"}}, ConfigError, "is float like"),
+        ({"options": {"beta": "much"}}, ConfigError, "beta is like 0.0, got 'much'"),
         ({"method": "f-dpo", "options": {"divergence": "total_variation"}}, ConfigError, "total_variation"),
         ({"reward": job.RewardConfig()}, ConfigError, "none is named"),
         ({"method": "salsa", "reference": ("one",)}, ConfigError, "two or more"),

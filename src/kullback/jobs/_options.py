@@ -45,6 +45,5 @@ def as_default(key: str, value: Any, default: Any) -> Any:
         str: isinstance(value, str),
     }[wanted]
     if not fits:
-        like = "a number" if default is None else f"{wanted.__name__} like {default!r}"
-        raise ConfigError(f"{key} is {like}, got {value!r}")
+        raise ConfigError(f"{key} is {'a number' if default is None else f'like {default!r}'}, got {value!r}")
     return wanted(value)

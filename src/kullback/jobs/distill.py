@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kullback.core.config import load
 from kullback.core.errors import ConfigError
 from kullback.core.runs import Run
+from kullback.jobs._options import as_default
 from kullback.jobs._training import Listener, LoraSettings, TrainingConfig
 
 if TYPE_CHECKING:
@@ -182,18 +183,8 @@ def _keywords(name: str, builder: Callable[..., Any], config: ObjectiveConfig) -
     said = {key: getattr(config, key) for key in _SHARED if getattr(config, key) != unsaid[key]}
     for key in said.keys() - takes.keys():
         raise ConfigError(f"objective.{key} would do nothing to {name}: leave it out")
-    return {key: _like(key, value, takes[key]) for key, value in {**said, **config.options}.items()}
-
-
-def _like(key: str, value: Any, default: Any) -> Any:
-    """The value in the type of a default: whole numbers where it counts."""
-    try:
-        found = type(default)(value)
-    except ValueError:
-        found = None
-    if found is None or (not isinstance(default, str) and found != float(value)):
-        raise ConfigError(f"objective.options.{key} is like {default!r}, got {value!r}")
-    return found
+    given = {**said, **config.options}
+    return {key: as_default(f"objective.options.{key}", value, takes[key]) for key, value in given.items()}
 
 
 def check(config: DistillConfig) -> None:
