@@ -8,11 +8,11 @@ ours and the peer's in turn, in seconds of this process; "ratio" is the time ove
 mean of all estimates made, "estimates" in number, minus the exact value; deviation: of a single estimate. Memory: by
 how much a process grows in a pass, once a small pass has brought in all code.
 
-Then chains: 200 in one batch beside 200 runs of one chain, of which a few are timed. The bar is a tenth of the time,
-and with 100 particles it is missed (about a seventh). A run of one chain spends some 2 us a particle and step, nearly
-all of it on calls, and a batch some 0.3 us: half on its two backward draws (2.6 proposals each, 25 ns a proposal; one
-draw in 70 sums all weights), a third on random numbers, exponentials and gathers. A tenth asks for proposals in 10 ns,
-about what their two random numbers, a look-up and a comparison take. At last the slope of time in N.
+Then chains: 200 in one batch beside 200 runs of one chain, of which a few are timed, in seconds of the clock with one
+thread and with two. The bar is a tenth of the time. A run of one chain spends some 2 us a particle and step, nearly all
+of it on calls, and a batch with 100 particles some 0.3 us: most of it on its two backward draws (2.6 proposals each, 25
+to 30 ns a proposal; one draw in 70 sums all weights). On one thread that is a seventh; threads share out the chains of
+a batch, and have nothing to share of a single chain. At last the slope of time in N.
 """
 
 import json
@@ -119,15 +119,15 @@ def theirs(y, count, collector):
     return call
 
 
-def race(contenders, rounds):
-    """Median seconds of processor time of each contender, called in turn; and what all its calls returned."""
+def race(contenders, rounds, clock=time.process_time):
+    """Median seconds of each contender, called in turn; and what all its calls returned."""
     results = {name: [call()] for name, call in contenders.items()}
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            begin = time.process_time()
+            begin = clock()
             results[name].append(call())
-            times[name].append(time.process_time() - begin)
+            times[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in times.items()}, results
 
 
@@ -176,17 +176,20 @@ def batches(y, count, rounds):
         ("PaRIS", lambda chains: ours(y, count, chains=chains)),
         ("PPG, one sweep", lambda chains: lambda: kernel.step(held[chains], generator=source)[1].estimate),
     ):
-        seconds, _ = race({"batch": make(CHAINS), "one": make(1)}, rounds)
-        alone = CHAINS * seconds["one"]
-        rows.append(
-            {
-                "case": f"{what}, {CHAINS} chains, N = {count}",
-                "who": "kullback, one batch",
-                "seconds": round(seconds["batch"], 5),
-                "ratio": round(alone / seconds["batch"], 2),
-                "one_by_one": round(alone, 4),
-            }
-        )
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seconds, _ = race({"batch": make(CHAINS), "one": make(1)}, rounds, time.perf_counter)
+            alone = CHAINS * seconds["one"]
+            rows.append(
+                {
+                    "case": f"{what}, {CHAINS} chains, N = {count}, threads = {threads}",
+                    "who": "kullback, one batch",
+                    "seconds": round(seconds["batch"], 5),
+                    "ratio": round(alone / seconds["batch"], 2),
+                    "one_by_one": round(alone, 4),
+                }
+            )
+    torch.set_num_threads(1)
     return rows
 
 

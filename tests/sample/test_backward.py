@@ -99,6 +99,26 @@ def test_compiled_loops_give_the_indices_of_the_vectorised_twin(name, size, poin
         assert not bool((one[1] < size // 2).any())
 
 
+@pytest.mark.parametrize("method", ["exact", "hybrid"])
+def test_threads_change_no_bit_and_lose_no_error(method, monkeypatch, generator):
+    pytest.importorskip("numba")
+    model, options = MODELS["1d"], {"method": method, "compiled": True}
+    x, log_weights, x_next, _ = cloud(model, 5, 20, 2000, generator)
+
+    def drawn(threads, points):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return backward_sample(model, log_weights, x, points, 1, generator=torch.Generator().manual_seed(1), **options)
+
+    one, two = drawn(1, x_next), drawn(2, x_next)
+    assert torch.equal(one.indices, two.indices)
+    assert torch.equal(one.accept_rate, two.accept_rate)
+    for chain in (0, 4):  # the first block and the last
+        lost = x_next.clone()
+        lost[chain, -1] = 1e200
+        with pytest.raises(DataError, match="can have come from none"):
+            drawn(2, lost)
+
+
 def test_bootstrap_and_linear_models_of_one_law_agree(generator):
     linear = MODELS["1d"]
     scale = torch.tensor([0.6], dtype=torch.float64)

@@ -37,14 +37,14 @@ def _half_square(means, points, chain, source, row):
 
 @njit(cache=True)
 def fill_guide(cumulative, guide):
-    """guide[k]: the first index whose cumulative weight exceeds k / N of the total, where a search may begin.
+    """guide [C]: for each k the first index whose cumulative weight exceeds k / C of the total, where searches begin.
 
-    A little less than k / N, so that rounding never lets a search begin too late.
+    A little less than k / C, so that rounding never lets a search begin too late.
     """
-    size = len(cumulative)
-    total, index = cumulative[size - 1] * (1.0 - 1e-15), 0
-    for k in range(size):
-        bound = k / size * total
+    size, cells = len(cumulative), len(guide)
+    step, index = cumulative[size - 1] * (1.0 - 1e-15) / cells, 0
+    for k in range(cells):
+        bound = k * step
         while index < size - 1 and cumulative[index] <= bound:
             index += 1
         guide[k] = index
@@ -55,7 +55,7 @@ def search(cumulative, guide, number):
     """The first index whose cumulative weight exceeds a share `number` in [0, 1) of the total."""
     size = len(cumulative)
     target = number * cumulative[size - 1]
-    index = guide[min(int(number * size), size - 1)]
+    index = guide[min(int(number * len(guide)), len(guide) - 1)]
     while cumulative[index] <= target and index < size - 1:
         index += 1
     return index
@@ -85,7 +85,7 @@ def _draw_row(buffer, number):
     return min(np.searchsorted(buffer, number * buffer[size - 1], side="right"), size - 1)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def draw_exact(log_weights, means, points, seeds, out):
     """Indices by inversion of each row's cumulative weights; False when a row has no weight at all."""
     chains, rows, draws = out.shape
@@ -100,13 +100,13 @@ def draw_exact(log_weights, means, points, seeds, out):
     return True
 
 
-@njit(cache=True)
-def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, tries, accepts):
+@njit(cache=True, nogil=True)
+def draw_hybrid(max_tries, cumulative, log_weights, means, points, seeds, tries, accepts, out):
     """Indices by at most `max_tries` rejections each, by inversion for those then left; tries and accepts
     [R] count proposals."""
     chains, rows, draws = out.shape
     size = log_weights.shape[1]
-    guide, buffer = np.empty(size, np.int64), np.empty(size)
+    guide, buffer = np.empty(2 * size, np.int64), np.empty(size)
     stride = 2 * max_tries + 1
     for chain in range(chains):
         weights, mean, seed, proposed, kept = cumulative[chain], means[chain], seeds[chain], 0, 0
@@ -126,7 +126,9 @@ def draw_hybrid(cumulative, log_weights, means, points, seeds, max_tries, out, t
                     for k in range(mean.shape[1]):
                         difference = mean[index, k] - point[k]
                         total += difference * difference
-                    if coin < np.exp(-0.5 * total):
+                    half = 0.5 * total
+                    # 1 - s <= exp(-s) <= 1 / (1 + s): most coins need no exponential.
+                    if coin * (1.0 + half) < 1.0 and (coin < 1.0 - half or coin < np.exp(-half)):
                         out[chain, row, draw] = index
                         kept += 1
                         accepted = True

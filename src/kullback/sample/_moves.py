@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kullback.core.errors import DataError
+from kullback.sample._threads import over_chains
 from kullback.sample.draws import invert
 
 __all__ = ["chosen", "effective_size", "loops_for", "normalised", "resampled", "select"]
@@ -60,7 +61,7 @@ def resampled(log_weights: Tensor, numbers: Tensor, x: Tensor, compiled: bool | 
     ancestors = torch.empty(numbers.shape, dtype=torch.int64)
     parents = torch.empty(*numbers.shape, x.shape[-1], dtype=x.dtype)
     arrays = (tensor.contiguous().numpy() for tensor in (log_weights, numbers, x))
-    loops.resample(*arrays, ancestors.numpy(), parents.numpy())
+    over_chains(loops.resample, *arrays, ancestors.numpy(), parents.numpy())
     return ancestors, parents
 
 
@@ -78,8 +79,8 @@ def normalised(weights: Tensor, time: int, compiled: bool | None = None) -> tupl
         return log_weights, log_total, effective_size(log_weights)
     log_weights = torch.empty(weights.shape, dtype=weights.dtype)
     log_total, effective = torch.empty(2, len(weights), dtype=weights.dtype)
-    arrays = (tensor.numpy() for tensor in (weights.contiguous(), log_weights, log_total, effective))
-    if not loops.normalise(*arrays):
+    arrays = (tensor.numpy() for tensor in (weights.contiguous(), log_total, effective, log_weights))
+    if not over_chains(loops.normalise, *arrays):
         raise _useless(weights, time)
     return log_weights, log_total, effective
 
@@ -100,5 +101,5 @@ def chosen(values: Tensor, x: Tensor, indices: Tensor, compiled: bool | None = N
     of_values = torch.empty(*indices.shape, values.shape[-1], dtype=values.dtype)
     of_x = torch.empty(*indices.shape, x.shape[-1], dtype=x.dtype)
     arrays = (tensor.contiguous().numpy() for tensor in (values, x, indices))
-    loops.choose(*arrays, of_values.numpy(), of_x.numpy())
+    over_chains(loops.choose, *arrays, of_values.numpy(), of_x.numpy())
     return of_values, of_x

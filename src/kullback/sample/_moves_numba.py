@@ -11,11 +11,11 @@ from kullback.sample._backward_numba import fill_guide, search
 __all__ = ["choose", "normalise", "resample"]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def resample(log_weights, numbers, x, ancestors, parents):
     """Ancestors [R, C] by inversion of numbers [R, C], and their states as parents [R, C, d]."""
     chains, size = log_weights.shape
-    cumulative, guide = np.empty(size), np.empty(size, np.int64)
+    cumulative, guide = np.empty(size), np.empty(2 * size, np.int64)
     for chain in range(chains):
         total = 0.0
         for k in range(size):
@@ -27,10 +27,11 @@ def resample(log_weights, numbers, x, ancestors, parents):
             ancestors[chain, k] = ancestor
             for j in range(x.shape[2]):
                 parents[chain, k, j] = x[chain, ancestor, j]
+    return True
 
 
-@njit(cache=True)
-def normalise(weights, log_weights, log_total, effective):
+@njit(cache=True, nogil=True)
+def normalise(weights, log_total, effective, log_weights):
     """Normalised log-weights [R, N], the log of their sum and the effective size, [R] each; False: not finite."""
     for chain in range(weights.shape[0]):
         top = -np.inf
@@ -40,23 +41,22 @@ def normalise(weights, log_weights, log_total, effective):
                 top = value
         if not np.isfinite(top):
             return False
-        total = 0.0
+        total, squares = 0.0, 0.0
         for value in weights[chain]:
-            total += np.exp(value - top)
+            share = np.exp(value - top)
+            total += share
+            squares += share * share
         if not np.isfinite(total):
             return False
-        shift, squares = top + np.log(total), 0.0
+        shift = top + np.log(total)
         for k in range(weights.shape[1]):
-            value = weights[chain, k] - shift
-            log_weights[chain, k] = value
-            share = np.exp(value)
-            squares += share * share
+            log_weights[chain, k] = weights[chain, k] - shift
         log_total[chain] = shift
-        effective[chain] = 1.0 / squares
+        effective[chain] = total * total / squares
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def choose(values, x, indices, chosen_values, chosen_x):
     """values [R, N, K] and x [R, N, d] at indices [R, P, M]."""
     for chain in range(indices.shape[0]):
@@ -67,3 +67,4 @@ def choose(values, x, indices, chosen_values, chosen_x):
                     chosen_values[chain, row, draw, k] = values[chain, index, k]
                 for k in range(x.shape[2]):
                     chosen_x[chain, row, draw, k] = x[chain, index, k]
+    return True

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.sample._moves import select
+from kullback.sample._threads import over_chains
 from kullback.sample.draws import Generators, chain_seeds, counted_uniform, invert
 from kullback.sample.state_space import StateSpaceModel
 
@@ -136,12 +137,13 @@ def _compiled(loops, model, log_weights, x, x_next, time, seeds, num_draws, max_
     out = torch.empty(chains, rows, num_draws, dtype=torch.int64)
     tries, accepts = torch.zeros(2, chains, dtype=torch.int64)
     if max_tries == 0:
-        done = loops.draw_exact(weights.numpy(), means.numpy(), points.numpy(), seeds.numpy(), out.numpy())
+        arrays = (array.numpy() for array in (weights, means, points, seeds, out))
+        done = over_chains(loops.draw_exact, *arrays)
         rate = torch.ones(chains, dtype=torch.float64)
     else:
         cumulative = _cumulative(weights)
-        arrays = (array.numpy() for array in (cumulative, weights, means, points, seeds))
-        done = loops.draw_hybrid(*arrays, max_tries, out.numpy(), tries.numpy(), accepts.numpy())
+        arrays = (array.numpy() for array in (cumulative, weights, means, points, seeds, tries, accepts, out))
+        done = over_chains(partial(loops.draw_hybrid, max_tries), *arrays)
         rate = accepts / tries.to(torch.float64)
     if not done:
         raise _lost(time)
