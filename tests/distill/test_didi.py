@@ -321,6 +321,27 @@ def test_reranking_alone_is_the_softmax_over_candidates_in_law():
     assert (found - p).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("options", [{"rerank_ratio": 1.0}, {"h": (1.0, 2.0), "rerank_ratio": 0.0}])
+def test_guided_steps_call_the_denoiser_where_something_is_unmasked(options, generator):
+    """Six places and 64 steps: a call for each place at most if tilted, and for each candidate's place if re-ranked."""
+    table = torch.randn(7, 2, generator=generator, dtype=torch.float64)
+
+    def denoise(z, t):
+        return table[:6].expand(len(z), -1, -1) + z.sum(-1).view(-1, 1, 1) * table[6]
+
+    found = []
+    for cache in (True, False):
+        sampler = RGASampler(denoise, prefers(1), steps=64, mask_id=MASK, candidates=2, cache=cache, **options)
+        state, source, called = sampler.init(20, 6), torch.Generator().manual_seed(1), 0
+        for _ in range(64):
+            state, info = sampler.step(state, generator=source)
+            called += info.evaluated
+        found.append(state.z)
+        assert called <= 20 * 6 * 2 if cache else called == 20 * 64
+    assert torch.equal(*found)
+    assert (found[0] < 2).all()
+
+
 def test_masking_to_a_level_is_the_enumerated_law(generator):
     x = torch.tensor([[0, 1]]).expand(20_000, 2)
     z = corrupt(x, torch.full((20_000,), 0.3), MASK, generator=generator)

@@ -15,6 +15,8 @@ from kullback.models.masked_diffusion import (
     LogLinearSchedule,
     categorical,
     corrupt,
+    draw_index,
+    logits_at,
     mdm_exact_distribution,
     mdm_loss,
     mdm_posterior,
@@ -204,13 +206,49 @@ def test_padding_and_prompts_do_not_count(generator):
 def test_samples_follow_the_exact_law(steps, cache, generator):
     denoise = random_denoiser(2, 3, seed=2)
     exact = mdm_exact_distribution(denoise, 2, 3, steps).flatten()
-    n = 20_000
+    n = 40_000
     x = AncestralSampler(denoise, steps=steps, mask_id=2, schedule=LINEAR, cache=cache).run(n, 3, generator=generator)
     found = torch.bincount(x @ torch.tensor([4, 2, 1]), minlength=8) / n
     assert ((found - exact).abs() < 6 * (exact * (1 - exact) / n).sqrt()).all()
     # One step fewer, or more, is another law.
     other = mdm_exact_distribution(denoise, 2, 3, steps + 1).flatten()
     assert not ((found - other).abs() < 6 * (other * (1 - other) / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, LogLinearSchedule(), CosineSchedule()])
+def test_the_steps_in_which_positions_are_unmasked_have_the_law_of_the_schedule(schedule, generator):
+    n, steps = 20_000, 5
+    sampler = AncestralSampler(lambda z, t: torch.zeros(*z.shape, 3), steps=steps, mask_id=3, schedule=schedule)
+    prompt = torch.full((n, 2), 3)
+    prompt[:, 1] = 0
+    state = sampler.init(n, 2, prompt=prompt)
+    gone = []
+    for _ in range(steps):
+        state, info = sampler.step(state, generator=generator)
+        gone.append(info.unmasked / n)
+    alpha = schedule.alpha(1.0 - torch.arange(steps + 1, dtype=torch.float64) / steps)
+    wanted = (alpha.diff() / (1.0 - alpha[0])).tolist()
+    wanted[-1] = 1.0 - sum(wanted[:-1])
+    assert all(abs(a - p) < 6 * (p * (1 - p) / n) ** 0.5 for a, p in zip(gone, wanted))
+    assert (state.due[:, 1] == -1).all()
+    # A state without its steps, in the middle of the way: they are drawn for what is left of it.
+    broken = state._replace(z=prompt, step=3, due=state.due[:, :0])
+    broken, info = sampler.step(broken, generator=generator)
+    p = wanted[3] / (wanted[3] + wanted[4])
+    assert abs(info.unmasked / n - p) < 6 * (p * (1 - p) / n) ** 0.5
+
+
+def test_the_cache_changes_no_sequence_and_serves_a_denoiser_that_looks_at_the_time(generator):
+    table = torch.randn(7, 3, generator=generator)
+
+    def denoise(z, t):
+        return (t.view(-1, 1, 1) * 5).sin() * table[:6].expand(len(z), -1, -1) + z.sum(-1).view(-1, 1, 1) * table[6]
+
+    found = [
+        AncestralSampler(denoise, steps=6, mask_id=3, cache=cache).run(40, 6, generator=source)
+        for cache, source in ((True, torch.Generator().manual_seed(3)), (False, torch.Generator().manual_seed(3)))
+    ]
+    assert torch.equal(*found)
 
 
 def test_a_kept_sequence_is_not_evaluated_again_and_prompts_stay(generator):
@@ -243,6 +281,42 @@ def test_draws_are_fair_also_in_half_precision(generator):
         assert ((found - p).abs() <= 6 * (p * (1 - p) / 40_000).sqrt() + 2e-3 * (dtype is torch.bfloat16)).all()
 
 
+@pytest.mark.parametrize("symbols", [1, 64, 129, 700])
+def test_long_rows_are_drawn_by_blocks_and_what_weighs_nothing_never(symbols, generator):
+    weights = torch.rand(symbols, generator=generator).square() + 0.05
+    weights[1::2] = 0.0
+    n = 100 * symbols
+    x = draw_index(weights.expand(n, symbols), generator=generator)
+    p = (weights / weights.sum()).double()
+    found = torch.bincount(x, minlength=symbols) / n
+    assert ((found - p).abs() <= 6 * (p * (1 - p) / n).sqrt() + 1e-7).all()
+    assert draw_index(weights.expand(2, 3, symbols), generator=generator).shape == (2, 3)
+
+
+@pytest.mark.parametrize("symbols", [100, 1000])
+def test_what_is_rare_is_drawn_where_its_share_lies(symbols, generator, monkeypatch):
+    """One column weighs 1, each other 3e-8: in single precision half of the sums are alike."""
+    weights = torch.full((1, symbols), 3e-8)
+    weights[0, 0] = 1.0
+    exact = weights.double().cumsum(-1)[0] / weights.double().sum()
+    assert len(weights.cumsum(-1).unique()) < 0.6 * symbols  # as many would ever be drawn
+    rare = 1.0 - exact[0].item()
+    for part in (0.1, 0.5, 0.9):
+        wanted = torch.searchsorted(exact, exact[0] + part * rare).item()
+        share = exact[0].item() + part * rare
+        monkeypatch.setattr(torch, "rand", lambda *shape, to=share, **kw: torch.full(shape, to, dtype=torch.float64))
+        found = draw_index(weights, generator=generator).item()
+        assert found == wanted if symbols == 100 else found // 64 == wanted // 64
+
+
+def test_weights_that_are_no_law_are_refused(generator):
+    for wrong in (torch.zeros(2, 3), torch.tensor([[1.0, torch.nan]]), torch.tensor([[1.0, torch.inf]])):
+        with pytest.raises(ConfigError, match="weights"):
+            draw_index(wrong, generator=generator)
+    with pytest.raises(ConfigError, match="weights"):
+        categorical(torch.full((1, 4), -torch.inf), generator=generator)
+
+
 @pytest.mark.parametrize("kind", ["flat", "transformer"])
 def test_networks_and_their_discriminators(kind, generator):
     make = FlatDenoiser if kind == "flat" else TransformerDenoiser
@@ -251,6 +325,8 @@ def test_networks_and_their_discriminators(kind, generator):
     assert model(z).shape == (3, 6, 5)
     weights = torch.nn.functional.one_hot(z, 6).float()
     torch.testing.assert_close(model(weights), model(z))
+    assert hasattr(model, "at") == (kind == "transformer")
+    torch.testing.assert_close(logits_at(model, z, torch.ones(3), z == 5), model(z)[z == 5])
     score = TokenDiscriminator(model, trained=1, generator=generator)
     assert score(z).shape == (3, 6)
     score(z).sum().backward()

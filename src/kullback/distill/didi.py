@@ -26,7 +26,7 @@ from torch.nn import functional
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.reduce import masked_mean
 from kullback.distill.sinkd import gather_rows
-from kullback.models.masked_diffusion import Schedule, categorical, substituted, unmask_share
+from kullback.models.masked_diffusion import Schedule, categorical, logits_at, unmask_share, without_mask
 
 __all__ = [
     "Trajectory", "beta_density", "corrected_log_odds", "density_ratio_reward", "discriminator_accuracy",
@@ -114,10 +114,12 @@ def two_step_trajectory(
     if kind not in ("two_step", "one_step", "direct_score"):
         raise ConfigError(f'kind is "two_step", "one_step" or "direct_score", not {kind!r}')
     masked = start == mask_id
-    # Without a prompt all sequences begin alike, and the student is asked once.
-    alike = bool(masked.all())
-    logits = model(start[:1] if alike else start, torch.ones(1 if alike else len(start), device=start.device))
-    first = substituted(logits.expand(len(start), -1, -1)[masked].unsqueeze(0), start[masked].unsqueeze(0), mask_id)[0]
+    if bool(masked.all()):  # all sequences begin alike, and the student is asked once
+        one = logits_at(model, start[:1], torch.ones(1, device=start.device), masked[:1])
+        first = without_mask(one, mask_id).log_softmax(-1).repeat(len(start), 1)
+    else:
+        logits = logits_at(model, start, torch.ones(len(start), device=start.device), masked)
+        first = without_mask(logits, mask_id).log_softmax(-1)
     symbols = torch.full_like(start, mask_id)
     with torch.no_grad():
         symbols[masked] = categorical(first, generator=generator)
@@ -131,7 +133,7 @@ def two_step_trajectory(
         x = torch.where(masked, symbols, start)
         return Trajectory(start, z, x, _score(first, symbols, masked, masked), first, first)
     open_ = z == mask_id
-    second = substituted(model(z, tau.to(torch.float32))[open_].unsqueeze(0), z[open_].unsqueeze(0), mask_id)[0]
+    second = without_mask(logits_at(model, z, tau.to(torch.float32), open_), mask_id).log_softmax(-1)
     with torch.no_grad():
         x = z.clone()
         x[open_] = categorical(second, generator=generator)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kullback.core.errors import ConfigError
-from kullback.models.masked_diffusion import categorical, substituted
-from kullback.models.masked_diffusion_sampling import AncestralSampler, SamplingState
+from kullback.models.masked_diffusion import categorical, substituted, unmask_share, without_mask
+from kullback.models.masked_diffusion_sampling import AncestralSampler, SamplingInfo, SamplingState
 
 __all__ = ["RGASampler"]
 
@@ -63,32 +63,64 @@ class RGASampler(AncestralSampler):
             return 0.0
         return self.h[0] + (self.h[1] - self.h[0]) * step / max(1, self.tilted_steps - 1)
 
-    def _move(self, state: SamplingState, t: float, s: float, generator: torch.Generator) -> Tensor:
-        if not bool((state.z == self.mask_id).any()):
-            return state.z
-        if state.step < self.tilted_steps:
-            strength = self.strength(state.step)
-            logits = state.logits if strength == 0.0 else self._tilted(state, t, strength)
-            return self._unmask(state.z, logits, t, s, generator)
-        if self.candidates == 1:
-            return self._unmask(state.z, state.logits, t, s, generator)
-        n, length = state.z.shape
-        several = state.z.repeat_interleave(self.candidates, 0)
-        drawn = self._unmask(several, state.logits.repeat_interleave(self.candidates, 0), t, s, generator)
-        scores = self.discriminator(drawn, torch.full((len(drawn),), s, device=drawn.device))
-        if self.scored == "masked":
-            scores = scores.masked_fill(drawn != self.mask_id, 0.0)
-        scores = self.rerank_scale * scores.sum(-1).view(n, self.candidates)
-        kept = categorical(torch.log_softmax(scores, dim=-1), generator=generator)
-        return drawn.view(n, self.candidates, length)[torch.arange(n, device=kept.device), kept]
+    def _move(self, state: SamplingState, generator: torch.Generator) -> tuple[Tensor, SamplingInfo]:
+        tilted = state.step < self.tilted_steps
+        strength = self.strength(state.step)
+        if (tilted and strength == 0.0) or (not tilted and self.candidates == 1):
+            return super()._move(state, generator)
+        move = self._tilted_move if tilted else self._reranked_move
+        z, evaluated = move(state, generator)
+        return z, SamplingInfo(evaluated, int((z != state.z).sum()))
 
-    def _tilted(self, state: SamplingState, t: float, strength: float) -> Tensor:
-        """Logits [n, L, V] = log p + h g at the masked positions."""
-        masked = state.z == self.mask_id
-        log_p = substituted(state.logits, state.z, self.mask_id)
+    def _tilted_move(self, state: SamplingState, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The next sequences [n, L] by the tilted law, and for how many the denoiser was called."""
+        chosen, t = state.due == state.step, self.times(state.step)[0]
+        # A tilt looks at all masked positions of a sequence that gets a symbol.
+        open_ = (state.z == self.mask_id) & chosen.any(-1, keepdim=True)
+        logits, evaluated = self._logits(state.z, open_, t)
+        if logits is None:
+            return state.z, evaluated
+        z = state.z.clone()
+        tilted = self._tilted(z, logits, open_, t, self.strength(state.step))
+        z[chosen] = self._symbols(tilted[chosen[open_]], state.step, generator)
+        return z, evaluated
+
+    def _reranked_move(self, state: SamplingState, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Of several next states, which also differ in where they unmask, the one kept by the score [n, L]."""
+        t, s = self.times(state.step)
+        chosen = (state.z == self.mask_id).unsqueeze(1).repeat(1, self.candidates, 1)
+        if s > 0.0:
+            share = float(unmask_share(self.schedule, t, s))
+            chosen &= torch.rand(chosen.shape, generator=generator, device=chosen.device) < share
+        open_ = chosen.any(1)
+        logits, evaluated = self._logits(state.z, open_, t)
+        if logits is None:
+            return state.z, evaluated
+        rows = open_.any(-1)
+        several, chosen = state.z[rows].unsqueeze(1).repeat(1, self.candidates, 1), chosen[rows]
+        place = (open_.view(-1).cumsum(0) - 1).view_as(open_)[rows].unsqueeze(1).expand_as(chosen)
+        several[chosen] = self._symbols(logits[place[chosen]], state.step, generator)
+        time = torch.full((several[..., 0].numel(),), s, device=place.device)
+        scores = self.discriminator(several.flatten(0, 1), time)
+        scores = scores.view_as(several)
+        if self.scored == "masked":
+            scores = scores.masked_fill(several != self.mask_id, 0.0)
+        log_p = torch.log_softmax(self.rerank_scale * scores.sum(-1), dim=-1)
+        kept = categorical(log_p, generator=generator)
+        z = state.z.clone()
+        z[rows] = several[torch.arange(len(kept), device=kept.device), kept]
+        return z, evaluated
+
+    def _tilted(self, z: Tensor, logits: Tensor, open_: Tensor, t: float, strength: float) -> Tensor:
+        """Logits [m, V] = log p + h g at the positions open_, from their logits; sequences without one stay out."""
+        rows = open_.any(-1)
+        z, open_ = z[rows], open_[rows]
+        log_p = without_mask(logits, self.mask_id).log_softmax(-1)
+        everywhere = log_p.new_zeros(*z.shape, log_p.shape[-1])
+        everywhere[open_] = log_p
+        everywhere = substituted(everywhere, z, self.mask_id)
         by = self._gradient if self.tilt == "input_grad" else self._token_values
-        slope = by(state.z, log_p, masked, t).clamp(-1.0, 1.0)
-        return torch.where(masked.unsqueeze(-1), log_p + strength * slope, log_p)
+        return log_p + strength * by(z, everywhere, open_, t)[open_].clamp(-1.0, 1.0)
 
     def _gradient(self, z: Tensor, log_p: Tensor, masked: Tensor, t: float) -> Tensor:
         with torch.enable_grad():

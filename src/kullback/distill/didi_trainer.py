@@ -33,7 +33,7 @@ from kullback.distill.didi import (
     time_weights,
     two_step_trajectory,
 )
-from kullback.models.masked_diffusion import LogLinearSchedule, Schedule, corrupt, substituted
+from kullback.models.masked_diffusion import LogLinearSchedule, Schedule, corrupt, logits_at, without_mask
 from kullback.models.masked_diffusion_sampling import AncestralSampler
 
 __all__ = ["DiDiSettings", "DiDiTrainer"]
@@ -232,8 +232,8 @@ class DiDiTrainer:
             if bool(masked.all()):  # all rows are alike
                 z, t, masked, student = z[:1], t[:1], masked[:1], student[: z.shape[1]]
             with torch.no_grad():
-                logits = self.teacher(z, t.float())[masked].unsqueeze(0)
-                taught = substituted(logits, z[masked].unsqueeze(0), self.mask_id)[0]
+                logits = logits_at(self.teacher, z, t.float(), masked)
+                taught = without_mask(logits, self.mask_id).log_softmax(-1)
             total = total + weight * matching_kl(taught, student, mix=now.kl_mix)
         return total
 

@@ -143,6 +143,12 @@ class TransformerDenoiser(nn.Module):
         """Logits [b, L, V]."""
         return self.head(self.features(z))
 
+    def at(self, z: Tensor, t: Tensor | None, places: Tensor) -> Tensor:
+        """Logits [m, V] of the positions `places` [b, L] alone: the head, the dearest layer of many symbols, is not
+        called for the others.
+        """
+        return self.head(self.features(z)[places])
+
 
 class SpectralLinear(nn.Module):
     """A linear layer whose weight is divided by its largest singular value, so that it stretches nothing.

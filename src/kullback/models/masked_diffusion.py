@@ -27,12 +27,14 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = [
-    "CosineSchedule", "LogLinearSchedule", "MDMLoss", "Schedule", "categorical", "corrupt", "mdm_exact_distribution",
-    "mdm_loss", "mdm_posterior", "substituted", "transition_logprob", "unmask_share",
+    "CosineSchedule", "LogLinearSchedule", "MDMLoss", "Schedule", "categorical", "corrupt", "draw_index", "logits_at",
+    "mdm_exact_distribution", "mdm_loss", "mdm_posterior", "substituted", "transition_logprob", "unmask_share",
+    "without_mask",
 ]  # fmt: skip
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 _EARLIEST = 1e-3  # the weight of the bound, about 1/t, is unbounded at 0
+_BLOCK = 64  # columns of a row of weights that are summed as one
 _STATES = 5_000  # of an enumeration: its matrix has the square of that
 
 
@@ -106,13 +108,14 @@ def substituted(logits: Tensor, z: Tensor, mask_id: int) -> Tensor:
     _check_sequences(z, "z")
     if logits.shape[:-1] != z.shape:
         raise ShapeError(f"logits have shape {tuple(logits.shape)} for sequences {tuple(z.shape)}: [b, L, V] is needed")
-    log_p = torch.log_softmax(_without_mask(logits, mask_id), dim=-1)
+    log_p = torch.log_softmax(without_mask(logits, mask_id), dim=-1)
     copied = z.clamp(max=logits.shape[-1] - 1).unsqueeze(-1)
     known = torch.full_like(log_p, -torch.inf).scatter(-1, copied, 0.0)
     return torch.where((z == mask_id).unsqueeze(-1), log_p, known)
 
 
-def _without_mask(logits: Tensor, mask_id: int) -> Tensor:
+def without_mask(logits: Tensor, mask_id: int) -> Tensor:
+    """Logits [..., V] in float32 at least, with nothing for the mask where it has a column."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask_id >= wide.shape[-1]:
         return wide
@@ -121,13 +124,52 @@ def _without_mask(logits: Tensor, mask_id: int) -> Tensor:
 
 
 def categorical(log_p: Tensor, *, generator: torch.Generator) -> Tensor:
-    """One index for each row of log-probabilities [..., V], by exponential clocks: the first of V that ring.
+    """One index for each row of log-probabilities [..., V], as `draw_index` draws it; rows need not be normalised.
 
-    In float32 at least: in half precision the clocks tie, which favours what is likely and fakes a lower temperature.
+    Raises ConfigError where a row gives all its columns nothing, or holds NaN.
     """
-    wide = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
-    clocks = torch.empty_like(wide).exponential_(generator=generator)
-    return wide.exp().div_(clocks).argmax(-1)
+    return draw_index(log_p.to(torch.promote_types(log_p.dtype, torch.float32)).exp(), generator=generator)
+
+
+def draw_index(weights: Tensor, *, generator: torch.Generator) -> Tensor:
+    """One index [...] for each row of weights [..., V] of 0 or more, by inversion of their sums up to each column.
+
+    Uniform numbers and sums are in double precision: with coarser ones what is rare is never drawn, which fakes a
+    lower temperature. Long rows are summed in blocks, and only the block that is hit column by column.
+    Raises ConfigError where a row sums to nothing, or holds NaN.
+
+    >>> draw_index(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), generator=torch.Generator().manual_seed(0))
+    tensor([1, 2])
+    """
+    rows = weights.reshape(-1, weights.shape[-1])
+    start = rows.new_zeros(len(rows), 1, dtype=torch.long)
+    if rows.shape[-1] > 2 * _BLOCK:
+        padded = -rows.shape[-1] % _BLOCK
+        whole = torch.nn.functional.pad(rows, (0, padded)) if padded else rows
+        blocks = whole.view(len(rows), -1, _BLOCK)
+        start = _inverted(blocks.sum(-1), generator)
+        rows = blocks.gather(1, start.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
+    return (start * _BLOCK + _inverted(rows, generator)).view(weights.shape[:-1])
+
+
+def _inverted(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """The first column [m, 1] whose sum of weights [m, V] passes a uniform share of all."""
+    sums = rows.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    if not bool(((total > 0.0) & (total < torch.inf)).all()):
+        raise ConfigError("weights are 0 or more and not all 0 in a row, and are no numbers, or nothing, in one here")
+    uniform = torch.rand(len(rows), 1, generator=generator, device=rows.device, dtype=torch.float64)
+    # The product is rounded, perhaps up to the total itself.
+    return torch.searchsorted(sums, torch.minimum(uniform * total, total * (1.0 - 2.0**-52)), right=True)
+
+
+def logits_at(model: Denoiser, z: Tensor, t: Tensor, places: Tensor) -> Tensor:
+    """Logits [m, V] of the positions `places` [b, L] that are true, in order, for z [b, L] and t [b].
+
+    A denoiser with a method `at(z, t, places)` is asked for these alone, and may spare the rest its last layer.
+    """
+    at = getattr(model, "at", None)
+    return model(z, t)[places] if at is None else at(z, t, places)
 
 
 def corrupt(
@@ -177,10 +219,9 @@ def mdm_loss(
     counts = torch.ones_like(x, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if keep is not None:
         counts = counts & ~keep.bool()
-    logits = _without_mask(model(z, t), mask_id)
     wanted = (z == mask_id) & counts
-    # Only the masked rows take a softmax.
-    loss = torch.nn.functional.cross_entropy(logits[wanted], x[wanted], reduction="none")
+    logits = without_mask(logits_at(model, z, t, wanted), mask_id)
+    loss = torch.nn.functional.cross_entropy(logits, x[wanted], reduction="none")
     weights = schedule.weight(t).to(loss.dtype)
     rows = torch.nonzero(wanted)[:, 0]
     bound = loss.new_zeros(len(x)).index_add(0, rows, loss * weights[rows])

@@ -1,8 +1,9 @@
 """Ancestral sampling from a masked diffusion model, a step at a time, with the denoiser called only where it must be.
 
-Which masked positions are unmasked does not depend on the symbols, so it is drawn first, and only those positions take
-a softmax and a symbol. A sequence in which nothing was unmasked keeps its logits: the next step does not call the
-denoiser for it (denoisers that look at t must set cache=False).
+At which step a position is unmasked does not depend on the symbols, so it is drawn for all positions at the start. A
+step then calls the denoiser for the sequences that get a symbol in it, and only the positions that get one take a
+softmax and a draw (and the denoiser's last layer, where it has a method `at`). The law is that of the textbooks'
+sampler, which calls the denoiser for every sequence at each step, also where the denoiser looks at the time.
 
 Shapes: n sequences, L positions, V symbols.
 """
@@ -19,21 +20,24 @@ from kullback.models.masked_diffusion import (
     Denoiser,
     LogLinearSchedule,
     Schedule,
-    categorical,
-    substituted,
+    draw_index,
+    logits_at,
     unmask_share,
+    without_mask,
 )
 
 __all__ = ["AncestralSampler", "SamplingInfo", "SamplingState"]
 
 
 class SamplingState(NamedTuple):
-    """z [n, L], partly masked; step: how many were taken; logits [n, L, V] of z where `stale` [n] is false."""
+    """z [n, L], partly masked; step: how many were taken; due [n, L]: the step in which a position gets its symbol.
+
+    due [n, 0] is drawn by the next step.
+    """
 
     z: Tensor
     step: int
-    logits: Tensor
-    stale: Tensor
+    due: Tensor
 
 
 class SamplingInfo(NamedTuple):
@@ -47,8 +51,8 @@ class AncestralSampler:
     """`init(n, length)`, `step(state)` and `run(n, length)`: from all masks to sequences in `steps` even steps.
 
     mask_id: the mask's symbol. The last step unmasks all that is left, with a draw ("ancestral") or the likeliest
-    symbol ("greedy"). cache: whether logits are kept while a sequence does not change. Raises ConfigError for unknown
-    names and without a step.
+    symbol ("greedy"). cache: whether a sequence that gets no symbol in a step is spared the denoiser; without it the
+    same sequences come at the price of the textbooks' sampler. Raises ConfigError for unknown names and without a step.
 
     >>> uniform = lambda z, t: torch.zeros(*z.shape, 3)
     >>> sampler = AncestralSampler(uniform, steps=4, mask_id=3)
@@ -82,21 +86,17 @@ class AncestralSampler:
         z = torch.full((n, length), self.mask_id, device=device) if prompt is None else prompt.clone()
         if z.shape != (n, length):
             raise ShapeError(f"the prompt has shape {tuple(z.shape)}: give [{n}, {length}], masks where it is open")
-        nothing = torch.zeros(n, length, 0, device=z.device)
-        return SamplingState(z, 0, nothing, torch.ones(n, dtype=torch.bool, device=z.device))
+        return SamplingState(z, 0, z.new_empty(n, 0))
 
     @torch.no_grad()
     def step(self, state: SamplingState, *, generator: torch.Generator) -> tuple[SamplingState, SamplingInfo]:
         """One step; after the last, the state comes back as it is."""
         if state.step >= self.steps:
             return state, SamplingInfo(0, 0)
-        t, s = self.times(state.step)
-        state, evaluated = self._evaluate(state, t)
-        z = self._move(state, t, s, generator)
-        changed = (z != state.z).any(-1)
-        unmasked = int((z != state.z).sum())
-        stale = changed if self.cache else torch.ones_like(changed)
-        return SamplingState(z, state.step + 1, state.logits, stale), SamplingInfo(evaluated, unmasked)
+        if not state.due.shape[1] and state.z.shape[1]:
+            state = state._replace(due=self._drawn_steps(state, generator))
+        z, info = self._move(state, generator)
+        return SamplingState(z, state.step + 1, state.due), info
 
     @torch.no_grad()
     def run(
@@ -118,36 +118,45 @@ class AncestralSampler:
         """From when to when a step goes, the first being step 0."""
         return 1.0 - step / self.steps, 1.0 - (step + 1) / self.steps if step + 1 < self.steps else 0.0
 
-    def _evaluate(self, state: SamplingState, t: float) -> tuple[SamplingState, int]:
-        """The state with logits for all its sequences that still have a mask, and for how many they were computed."""
-        wanted = state.stale & (state.z == self.mask_id).any(-1)
-        rows = torch.nonzero(wanted).squeeze(-1)
-        if not len(rows):
-            return state, 0
-        fresh = self.model(state.z[rows], torch.full((len(rows),), t, device=rows.device))
-        if len(rows) == len(state.z):
-            return state._replace(logits=fresh), len(rows)
-        if not state.logits.shape[-1]:
-            logits = fresh.new_zeros(*state.z.shape, fresh.shape[-1])
-        else:
-            logits = state.logits.clone()
-        logits[rows] = fresh
-        return state._replace(logits=logits), len(rows)
+    def _drawn_steps(self, state: SamplingState, generator: torch.Generator) -> Tensor:
+        """For each masked position [n, L] the step in which it is unmasked, given the steps taken; -1 for the others.
 
-    def _move(self, state: SamplingState, t: float, s: float, generator: torch.Generator) -> Tensor:
-        """The sequences [n, L] of the next state."""
-        return self._unmask(state.z, state.logits, t, s, generator)
+        By the end of a step to time s that has happened with probability (alpha_s - alpha_t) / (1 - alpha_t), t being
+        now, and by the end of the last step for certain.
+        """
+        t = self.times(state.step)[0]
+        ends = torch.tensor([self.times(step)[1] for step in range(state.step, self.steps - 1)], dtype=torch.float64)
+        passed = unmask_share(self.schedule, t, ends).to(state.z.device)
+        uniform = torch.rand(state.z.shape, generator=generator, device=state.z.device, dtype=torch.float64)
+        drawn = torch.searchsorted(passed, uniform, right=True) + state.step
+        return drawn.masked_fill_(state.z != self.mask_id, -1)
 
-    def _unmask(self, z: Tensor, logits: Tensor, t: float, s: float, generator: torch.Generator) -> Tensor:
-        masked = z == self.mask_id
-        chosen = masked
-        if s > 0.0:
-            share = float(unmask_share(self.schedule, t, s))
-            chosen = masked & (torch.rand(z.shape, generator=generator, device=z.device) < share)
-        if not bool(chosen.any()):
-            return z
-        log_p = substituted(logits[chosen].unsqueeze(0), z[chosen].unsqueeze(0), self.mask_id).squeeze(0)
-        greedy = s == 0.0 and self.noise_removal == "greedy"
-        z = z.clone()
-        z[chosen] = log_p.argmax(-1) if greedy else categorical(log_p, generator=generator)
-        return z
+    def _move(self, state: SamplingState, generator: torch.Generator) -> tuple[Tensor, SamplingInfo]:
+        """The sequences [n, L] of the next state, and what it took."""
+        chosen = state.due == state.step
+        logits, evaluated = self._logits(state.z, chosen, self.times(state.step)[0])
+        if logits is None:
+            return state.z, SamplingInfo(evaluated, 0)
+        z = state.z.clone()
+        z[chosen] = self._symbols(logits, state.step, generator)
+        return z, SamplingInfo(evaluated, len(logits))
+
+    def _logits(self, z: Tensor, chosen: Tensor, t: float) -> tuple[Tensor | None, int]:
+        """Logits [m, V] of the chosen positions of z, None without one; and for how many sequences it was called."""
+        rows = chosen.any(-1)
+        count = int(rows.sum())
+        called = count if self.cache else len(z)
+        if not called:
+            return None, 0
+        time = torch.full((called,), t, device=z.device)
+        if called < len(z):
+            z, chosen = z[rows], chosen[rows]
+        logits = logits_at(self.model, z, time, chosen)
+        return logits if count else None, called
+
+    def _symbols(self, logits: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        """Symbols [m] from logits [m, V] of masked positions."""
+        logits = without_mask(logits, self.mask_id)
+        if step + 1 == self.steps and self.noise_removal == "greedy":
+            return logits.argmax(-1)
+        return draw_index(logits.softmax(-1), generator=generator)
