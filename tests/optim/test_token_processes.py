@@ -16,7 +16,8 @@ from _token_process import DIMENSION, NODES, ring_with_chord, values
 from kullback.core.errors import ConfigError
 from kullback.optim.srrw import SRRW, start_walk, walk_by_steps
 from kullback.optim.srrw_simulation import step_sizes
-from kullback.optim.token_processes import token_uniform, walk_tokens
+from kullback.optim.token_processes import walk_tokens
+from kullback.optim.token_walk import token_uniform
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -43,18 +44,21 @@ def walked(folder, processes, **options):
     return results, outputs, [child.returncode for child in children]
 
 
-def in_one_process(steps, starts, *, alpha, a, seed, momentum=0.0, b=0.9):
-    """Paths [M, steps], theta [M, d] and histories [M, N] by the naive twin and a loop, with counts of their own."""
+def in_one_process(steps, starts, *, alpha, a, seed, base="sgd", momentum=0.9, b=0.9):
+    """Paths [M, steps], theta [M, d] and histories [M, N] by the naive twin and torch's optimizers."""
     rule, paths, ends, histories = SRRW(ring_with_chord(), alpha, a), [], [], []
     for token, start in enumerate(starts):
         uniforms = torch.tensor([[token_uniform(seed, token, visit + 1) for visit in range(steps)]])
         state, nodes = walk_by_steps(rule, start_walk(rule, start=start), uniforms)
-        theta, direction = torch.ones(DIMENSION, dtype=torch.float64), torch.zeros(DIMENSION, dtype=torch.float64)
+        theta = torch.ones(DIMENSION, dtype=torch.float64, requires_grad=True)
+        share = momentum if base == "momentum" else 0.0
+        inner = torch.optim.Adam([theta]) if base == "adam" else torch.optim.SGD([theta], momentum=share)
         for node, size in zip(nodes[0].tolist(), step_sizes(0, steps, b).tolist(), strict=True):
-            direction = momentum * direction + theta - values()[node]
-            theta = theta - size * direction
+            inner.param_groups[0]["lr"] = size
+            theta.grad = theta.detach() - values()[node]
+            inner.step()
         paths.append(nodes[0].tolist())
-        ends.append(theta)
+        ends.append(theta.detach())
         histories.append(state.history[0])
     return paths, torch.stack(ends), torch.stack(histories)
 
@@ -82,7 +86,12 @@ def check_as_in_one_process(folder, processes, starts, steps, **options):
 
 
 def test_two_processes_walk_as_one_does(tmp_path):
-    check_as_in_one_process(tmp_path, 2, [0], 60, alpha=5.0, a=0.8, seed=3, momentum=0.5)
+    check_as_in_one_process(tmp_path, 2, [0], 60, alpha=5.0, a=0.8, seed=3, base="momentum", momentum=0.5)
+
+
+@pytest.mark.slow
+def test_adam_goes_along_with_its_token(tmp_path):
+    check_as_in_one_process(tmp_path, 2, [0, 5], 60, alpha=5.0, a=0.8, seed=3, base="adam")
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from kullback.optim.chains import Chain, base_chain, independent_chain
 from kullback.optim.srrw import SRRW, WalkState, srrw, srrw_kernel, start_walk, stationary_of, walk
 from kullback.optim.srrw_simulation import GeneralizedLinear, MeanOf, Simulation, simulate
 from kullback.optim.srrw_theory import optimization_covariance, sampling_covariance
+from kullback.optim.token_actors import walk_actors
 from kullback.optim.token_optimizer import SASRRW, TokenSampler
-from kullback.optim.token_processes import TokenResult, walk_tokens
+from kullback.optim.token_processes import walk_tokens
+from kullback.optim.token_walk import TokenResult
 
 __all__ = [
     "SASRRW",
@@ -27,5 +29,6 @@ __all__ = [
     "start_walk",
     "stationary_of",
     "walk",
+    "walk_actors",
     "walk_tokens",
 ]

@@ -10,7 +10,7 @@ Source: Hu, Doshi and Eun 2024, arXiv 2401.09665, Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from torch.utils.data import Sampler
 
 from kullback.core.errors import CheckpointError, ConfigError, DataError
 from kullback.optim.srrw import SRRW, WalkState, check_exponent, start_walk, walk
+from kullback.optim.token_walk import UpdateRule
 
-__all__ = ["SASRRW", "TokenSampler", "UpdateRule"]
-
-UpdateRule: TypeAlias = Literal["sgd", "momentum", "adam"]
+__all__ = ["SASRRW", "TokenSampler"]
 
 
 class SASRRW(torch.optim.Optimizer):
