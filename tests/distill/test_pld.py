@@ -147,12 +147,16 @@ def test_halves_are_widened(parts):
 
 def test_what_cannot_be_is_said(parts):
     objective = pld_objective()
-    assert objective.needs_whole_teacher
-    assert not Objective(divergence=kl).needs_whole_teacher
+    assert not objective.needs_whole_teacher
+    assert not Objective(divergence=kl).needs_labels
     top = keep_top(torch.zeros(B, T, V).log_softmax(-1), 3)
     truncated = TeacherOutput(top_ids=top[0], top_log_probs=top[1], tail_log_prob=top[2])
-    with pytest.raises(ConfigError, match="truncated"):
+    with pytest.raises(ConfigError, match="how probable the teacher finds the label"):
         objective.loss(truncated, parts["student"], parts["labels"], weight=parts["weight"])
+    bare = Objective(divergence=kl, row_term=partial(pld_loss, reduction="none"))
+    assert bare.needs_whole_teacher
+    with pytest.raises(ConfigError, match="truncated"):
+        bare.loss(truncated, parts["student"], parts["labels"], weight=parts["weight"])
     with pytest.raises(ConfigError, match="own samples"):
         objective.on_own_samples()
     with pytest.raises(ConfigError, match="bind a temperature"):

@@ -23,6 +23,7 @@ __all__ = ["Objective"]
 
 BatchTerm = Callable[[Tensor, Tensor], Tensor]
 RowTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
+TruncatedRowTerm = Callable[[TeacherOutput, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +35,11 @@ class Objective:
     has the rest; squared_temperature: multiply the divergence by T^2, which keeps its gradient's size (Hinton et al.
     2015); row_term: an optional loss that wants the labels too, (teacher logits [n, V], student logits [n, V], labels
     [n]) -> [n], in the place of the divergence, which then is only what one measures; it sees whole logits, and both
-    temperature options are its own matter; batch_term: an optional loss over the rows of a batch, (teacher logits
-    [n, V], student logits [n, V]) -> mean over rows, weighted by batch_weight and taken on at most batch_rows rows.
-    Raises ConfigError for values out of range, and for a temperature beside a row_term.
+    temperature options are its own matter; truncated_row_term: the same from a truncated teacher, where that can be,
+    (TeacherOutput of n rows, student logits [n, V], labels [n]) -> [n]; batch_term: an optional loss over the rows of a
+    batch, (teacher logits [n, V], student logits [n, V]) -> mean over rows, weighted by batch_weight and taken on at
+    most batch_rows rows.
+    Raises ConfigError for values out of range, for a temperature beside a row_term, and for a truncated_row_term alone.
     """
 
     divergence: Divergence
@@ -44,6 +47,7 @@ class Objective:
     temperature: float = 1.0
     squared_temperature: bool = False
     row_term: RowTerm | None = None
+    truncated_row_term: TruncatedRowTerm | None = None
     batch_term: BatchTerm | None = None
     batch_weight: float = 0.0
     batch_rows: int = 1024
@@ -55,6 +59,8 @@ class Objective:
             raise ConfigError(f"temperature must be > 0, got {self.temperature}")
         if self.row_term is not None and (self.temperature != 1 or self.squared_temperature):
             raise ConfigError("a row_term gets whole logits: bind a temperature to it, and leave this one at 1")
+        if self.truncated_row_term is not None and self.row_term is None:
+            raise ConfigError("a truncated_row_term goes with the row_term that it takes the place of: give both")
 
     @property
     def needs_teacher(self) -> bool:
@@ -64,7 +70,12 @@ class Objective:
     @property
     def needs_whole_teacher(self) -> bool:
         """Whether the loss wants all logits of the teacher, which a cache and a server do not have."""
-        return self.row_term is not None or self.batch_term is not None
+        return (self.row_term is not None and self.truncated_row_term is None) or self.batch_term is not None
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a truncated teacher has to say how probable the labels are, kept or not: a row term looks at them."""
+        return self.row_term is not None
 
     def on_own_samples(self) -> Objective:
         """The same objective without cross-entropy, which on the student's own samples would only praise them.
@@ -129,7 +140,7 @@ class Objective:
             log_q = _wide(logits[-1]) if bare else _log_softmax(logits[-1])
             values = torch.zeros(log_q.shape[:-1], dtype=log_q.dtype, device=log_q.device)
             if soft and target is not None and self.row_term is not None:
-                values = soft * self.row_term(_chunk_logits(target, rows, logits), _wide(logits[-1]), labels[rows])
+                values = soft * self._row_term(target, rows, logits, labels[rows])
             elif soft and target is not None:
                 tempered = log_q if self.temperature == 1.0 else _log_softmax(logits[-1], self.temperature)
                 values = soft * self._to_teacher(target, rows, logits, tempered)
@@ -138,6 +149,14 @@ class Objective:
             return values
 
         return row_loss
+
+    def _row_term(self, target: TeacherOutput, rows: slice, logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        student = _wide(logits[-1])
+        if target.top_ids is not None and self.truncated_row_term is not None:
+            return self.truncated_row_term(_part(target, rows), student, labels)
+        if self.row_term is None:
+            raise ConfigError("an objective without a row_term has a divergence in its place")
+        return self.row_term(_chunk_logits(target, rows, logits), student, labels)
 
     def _to_teacher(self, target: TeacherOutput, rows: slice, logits: tuple[Tensor, ...], log_q: Tensor) -> Tensor:
         if target.top_ids is None:
@@ -166,14 +185,21 @@ def _predictions(field: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
     return field[:, :-1].reshape(-1, *field.shape[2:])[kept]
 
 
+_BY_POSITION = (
+    "logits", "hidden", "top_ids", "top_log_probs", "tail_log_prob", "tail_ids", "tail_log_probs", "label_log_probs",
+)  # fmt: skip
+
+
 def _target_rows(target: TeacherOutput, labels: Tensor, kept: Tensor) -> TeacherOutput:
-    by_position = (
-        "logits", "hidden", "top_ids", "top_log_probs", "tail_log_prob", "tail_ids", "tail_log_probs",
-    )  # fmt: skip
-    found = {name: getattr(target, name) for name in by_position}
+    found = {name: getattr(target, name) for name in _BY_POSITION}
     return target._replace(
         **{name: _predictions(field, labels, kept) for name, field in found.items() if field is not None}
     )
+
+
+def _part(target: TeacherOutput, rows: slice) -> TeacherOutput:
+    found = {name: getattr(target, name) for name in _BY_POSITION}
+    return target._replace(**{name: field[rows] for name, field in found.items() if field is not None})
 
 
 def _head(target: TeacherOutput) -> LinearHead:

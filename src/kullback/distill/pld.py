@@ -7,6 +7,10 @@ itself is `kullback.divergences.plackett_luce.pld_loss`; here it is a module for
 so that the teacher runs once, and an objective for language models. `kullback.distill.PLDTrainer` trains with it.
 Source: arXiv 2506.12542.
 
+A truncated teacher will do: with topk picks the loss looks at the teacher through the label and its topk - 1 likeliest
+other classes, so what a teacher cache holds, the K likeliest tokens and the label's probability, gives the loss of the
+live teacher for every topk <= K and every kind of weights (`ranking_of_top`).
+
 Shapes: logits [..., V], labels [...], rankings [..., K] with K <= V picks.
 """
 
@@ -17,13 +21,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kullback.core.errors import ShapeError
+from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.reduce import masked_mean
+from kullback.core.types import TeacherOutput
 from kullback.distill.objective import Objective
 from kullback.divergences import kl
-from kullback.divergences.plackett_luce import Ranking, RankWeights, listwise_loss, pld_loss, ranking_of
+from kullback.divergences.plackett_luce import (
+    Ranking,
+    RankWeights,
+    listwise_loss,
+    pld_loss,
+    ranking_of,
+    ranking_of_top,
+)
 
-__all__ = ["PLDLoss", "pld_objective"]
+__all__ = ["PLDLoss", "pld_objective", "truncated_pld_loss"]
 
 
 class PLDLoss(nn.Module):
@@ -97,17 +109,53 @@ class PLDLoss(nn.Module):
         return masked_mean(values, count=count)
 
 
+def truncated_pld_loss(
+    target: TeacherOutput,
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    weights: RankWeights = "teacher",
+    topk: int | None = None,
+) -> Tensor:
+    """The PLD loss [n] of student logits [n, V] and labels [n] from a truncated teacher's rows.
+
+    target: top_ids and top_log_probs [n, K], tail_log_prob and label_log_probs [n], at the temperature of the weights.
+    topk: picks of a ranking, at most K; with as many the loss is that of the live teacher. Raises ConfigError for a
+    teacher that does not say how probable the label is, and what `ranking_of_top` raises.
+
+    >>> log_p, s = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).log_softmax(-1), torch.tensor([[1.0, 0.0, -1.0, 0.5]])
+    >>> target = TeacherOutput(top_ids=torch.tensor([[0, 1, 2]]), top_log_probs=log_p[:, :3],
+    ...                        tail_log_prob=log_p[:, 3], label_log_probs=log_p[:, 1])
+    >>> truncated_pld_loss(target, s, torch.tensor([1]))
+    tensor([0.9193])
+    """
+    if target.top_ids is None or target.top_log_probs is None or target.tail_log_prob is None:
+        raise ConfigError("a truncated teacher gives top_ids, top_log_probs and tail_log_prob together")
+    if target.label_log_probs is None:
+        raise ConfigError(
+            "pld asks how probable the teacher finds the label, and this teacher does not say: write its cache again, "
+            "or give the live teacher"
+        )
+    kept = target.top_ids.shape[-1]
+    ranking = ranking_of_top(
+        target.top_ids, target.top_log_probs, target.tail_log_prob, target.label_log_probs, labels,
+        classes=student_logits.shape[-1], weights=weights, topk=None if topk is None else min(topk, kept),
+    )  # fmt: skip
+    return listwise_loss(student_logits, *ranking)
+
+
 def pld_objective(
     *, topk: int = 64, weights: RankWeights = "teacher", temperature: float = 1.0, cross_entropy: float = 0.0
 ) -> Objective:
     """The objective of a language model that ranks the next token first and then the teacher's others.
 
-    topk: picks of a ranking; the rest of the vocabulary stays in every denominator. temperature: of the teacher's
-    weights; cross_entropy: the label is in the loss already, so a share of it is seldom wanted. It needs whole logits
-    of a live teacher, since the label may be none of its likeliest tokens, and a text, since the student's own samples
-    are no labels. What is measured is KL. Raises ConfigError for weights or numbers that do not exist.
+    topk: picks of a ranking, of a truncated teacher at most those that it kept; the rest of the vocabulary stays in
+    every denominator. temperature: of the teacher's weights, at which a truncated teacher has to come; cross_entropy:
+    the label is in the loss already, so a share of it is seldom wanted. It needs a text, since the student's own
+    samples are no labels. What is measured is KL. Raises ConfigError for weights or numbers that do not exist.
     """
     loss = partial(pld_loss, temperature=temperature, weights=weights, topk=topk, reduction="none")
     one = torch.zeros(1, 1)
     loss(one, one, torch.tensor([0]))  # what is wrong with the options is said before a run begins
-    return Objective(divergence=kl, row_term=loss, cross_entropy=cross_entropy)
+    truncated = partial(truncated_pld_loss, weights=weights, topk=topk)
+    return Objective(divergence=kl, row_term=loss, truncated_row_term=truncated, cross_entropy=cross_entropy)

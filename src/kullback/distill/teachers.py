@@ -29,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 _INDEX = "teacher-cache.json"
+_FORMAT = 2  # 1 had no label_log_probs
 
 
 class Blocks(Protocol):
@@ -81,7 +82,8 @@ def write_teacher_cache(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CacheSummary:
-    """Store the `kept` most likely tokens of softmax(logits / temperature) at every position of `blocks`.
+    """Store the `kept` most likely tokens of softmax(logits / temperature) at every position of `blocks`, and how
+    probable the token is that comes next.
 
     teacher: ids [B, T] -> logits [B, T, V]; blocks: items with input_ids [T], all of one length; shard: sequences a
     file; tokenizer: kept with the cache, so that a student of another one is refused; progress: called with the
@@ -101,7 +103,7 @@ def write_teacher_cache(
             for low in range(start, min(start + shard, len(blocks)), batch):
                 high = min(low + batch, start + shard, len(blocks))
                 ids = torch.stack([blocks[index]["input_ids"] for index in range(low, high)])
-                rows.append(_truncated(teacher(ids), kept, vocabulary, temperature, drawn, draw))
+                rows.append(_truncated(teacher(ids), ids, kept, vocabulary, temperature, drawn, draw))
                 keys += [sequence_key(row) for row in ids]
                 if progress is not None:
                     progress(high, len(blocks))
@@ -111,7 +113,7 @@ def write_teacher_cache(
         summary = tally.summary(
             vocabulary=vocabulary, kept=kept, drawn=drawn, length=length, sequences=len(blocks), temperature=temperature
         )
-        index = {"format": 1, "shard": shard, "summary": asdict(summary), "keys": keys}
+        index = {"format": _FORMAT, "shard": shard, "summary": asdict(summary), "keys": keys}
         (place / _INDEX).write_text(json.dumps(index), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(place / "tokenizer")
@@ -121,7 +123,8 @@ def write_teacher_cache(
 class CachedTeacher:
     """A teacher read from a cache: only the sequences that were stored, at the temperature that they were stored at.
 
-    Raises DataError for a damaged cache or a sequence that is not in it, ConfigError for another temperature.
+    has_labels: whether it says how probable the next token is, which caches of the first format do not. Raises
+    DataError for a damaged cache or a sequence that is not in it, ConfigError for another temperature.
     """
 
     def __init__(self, folder: Path, *, temperature: float = 1.0) -> None:
@@ -130,8 +133,12 @@ class CachedTeacher:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             self.summary = CacheSummary(**index["summary"])
             self._shard, self._rows = int(index["shard"]), {key: row for row, key in enumerate(index["keys"])}
+            version = int(index["format"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} is not a readable teacher cache: write it again with teacher-cache") from error
+        if not 1 <= version <= _FORMAT:
+            raise DataError(f"{folder} is a teacher cache of format {version}, and this version reads up to {_FORMAT}")
+        self.has_labels = version >= 2
         if temperature != self.summary.temperature:
             raise ConfigError(
                 f"the cache was written at temperature {self.summary.temperature} and the objective asks for "
@@ -141,12 +148,16 @@ class CachedTeacher:
         self._files: dict[int, Any] = {}
 
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:
-        """The stored distributions for ids [B, T]: the K tokens kept, the mass of the rest, and the M drawn from it."""
+        """The stored distributions for ids [B, T]: the K tokens kept, the mass of the rest, the M drawn from it, and
+        the next token's.
+        """
         picked = [self._row(sequence) for sequence in ids.cpu()]
         found = {name: torch.stack([row[name] for row in picked]).to(ids.device) for name in picked[0]}
         out = TeacherOutput(
             top_ids=found["ids"].long(), top_log_probs=found["log_probs"].float(), tail_log_prob=found["tail"].float()
         )
+        if self.has_labels:
+            out = out._replace(label_log_probs=found["label_log_probs"].float())
         if not self.summary.drawn:
             return out
         return out._replace(tail_ids=found["drawn_ids"].long(), tail_log_probs=found["drawn_log_probs"].float())
@@ -196,15 +207,20 @@ def teacher_logits(teacher: Teacher) -> Callable[[Tensor], Tensor]:
 
 
 def _truncated(
-    logits: Tensor, kept: int, vocabulary: int, temperature: float, drawn: int, draw: torch.Generator
+    logits: Tensor, ids: Tensor, kept: int, vocabulary: int, temperature: float, drawn: int, draw: torch.Generator
 ) -> dict[str, Tensor]:
     log_p = torch.log_softmax(logits[..., :vocabulary].float() / temperature, -1)
     if not torch.isfinite(log_p.max()):
         raise DataError("the teacher's logits are not finite: its weights are damaged, or bfloat16 overflowed")
-    ids, top, tail = keep_top(log_p, kept)
-    stored = {"ids": _small(ids, vocabulary), "log_probs": top.half(), "tail": tail.half()}
+    top_ids, top, tail = keep_top(log_p, kept)
+    following = ids.roll(-1, -1).clamp(max=vocabulary - 1)  # what follows the last token is never compared with a label
+    label = log_p.gather(-1, following.unsqueeze(-1)).squeeze(-1)
+    stored = {
+        "ids": _small(top_ids, vocabulary), "log_probs": top.half(), "tail": tail.half(),
+        "label_log_probs": label.half(),
+    }  # fmt: skip
     if drawn:
-        picked, log_probs = sample_tail(log_p, ids, drawn, draw)
+        picked, log_probs = sample_tail(log_p, top_ids, drawn, draw)
         stored |= {"drawn_ids": _small(picked, vocabulary), "drawn_log_probs": log_probs.half()}
     return stored
 

@@ -28,7 +28,7 @@ from kullback.divergences._ranking import check_labels, check_logits, label_firs
 
 __all__ = [
     "RankWeights", "Ranking", "listmle_loss", "listwise_loss", "pl_log_prob", "pl_sample", "pl_tied_log_prob",
-    "pl_topk_log_prob", "pld_loss", "rank_weights", "ranking_of", "teacher_optimal_permutation",
+    "pl_topk_log_prob", "pld_loss", "rank_weights", "ranking_of", "ranking_of_top", "teacher_optimal_permutation",
 ]  # fmt: skip
 
 RankWeights = Literal["teacher", "uniform", "ce", "position", "position_teacher"]
@@ -229,8 +229,14 @@ def rank_weights(log_q: Tensor, order: Tensor, kind: RankWeights | Tensor) -> Te
     if kind == "teacher":
         return log_q.gather(-1, order).exp()
     if kind == "position_teacher":
-        return _share_of_the_rest(log_q, order)
-    rank = torch.arange(1, picks + 1, device=log_q.device, dtype=torch.float64)
+        picked = log_q.gather(-1, order)
+        return _share_of_the_rest(picked, log_q.scatter(-1, order, -math.inf).logsumexp(-1))
+    return _by_rank(kind, picks, classes, log_q)
+
+
+def _by_rank(kind: str, picks: int, classes: int, like: Tensor) -> Tensor:
+    """The weights [..., K] that do not look at the teacher, with the rows, the type and the device of `like`."""
+    rank = torch.arange(1, picks + 1, device=like.device, dtype=torch.float64)
     if kind == "uniform":
         fixed = torch.full_like(rank, 1.0 / classes)
     elif kind == "ce":
@@ -241,12 +247,12 @@ def rank_weights(log_q: Tensor, order: Tensor, kind: RankWeights | Tensor) -> Te
         fixed = fixed / (1.0 - (classes + 1) * 2.0**-classes if classes > 1 else 1.0)
     else:
         raise ConfigError(f"weights are teacher, uniform, ce, position, position_teacher or a tensor, not {kind!r}")
-    return fixed.to(log_q.dtype).expand_as(order)
+    return fixed.to(like.dtype).expand(*like.shape[:-1], picks)
 
 
-def _share_of_the_rest(log_q: Tensor, order: Tensor) -> Tensor:
-    picked = log_q.gather(-1, order)
-    chain = torch.cat([log_q.scatter(-1, order, -math.inf).logsumexp(-1, keepdim=True), picked.flip(-1)], -1)
+def _share_of_the_rest(picked: Tensor, rest: Tensor) -> Tensor:
+    """q_k over what is left at pick k, from log q of the picks [..., K] and of all that is never picked [...]."""
+    chain = torch.cat([rest.unsqueeze(-1), picked.flip(-1)], -1)
     left = chain.logcumsumexp(-1)[..., 1:].flip(-1)
     return (picked - left).nan_to_num(nan=-math.inf, neginf=-math.inf).exp()
 
@@ -270,6 +276,59 @@ def ranking_of(
     log_q = torch.log_softmax(teacher if temperature == 1.0 else teacher / temperature, -1)
     small = torch.int16 if teacher.shape[-1] <= 2**15 else torch.int32
     return Ranking(order.to(small), rank_weights(log_q, order, weights))
+
+
+def ranking_of_top(
+    top_ids: Tensor,
+    top_log_probs: Tensor,
+    tail_log_prob: Tensor,
+    label_log_probs: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    weights: RankWeights = "teacher",
+    topk: int | None = None,
+) -> Ranking:
+    r"""The same ranking from a truncated teacher: its K likeliest classes, and the label's own probability.
+
+    The loss with topk picks looks at the teacher through pi_1..pi_topk and alpha_1..alpha_topk alone, the label and the
+    topk - 1 likeliest others, and at the student through all of its V scores. For topk <= K the picks are among what
+    is given, whether the label is one of the K or not, so nothing is approximated, whatever the weights: those by rank
+    need V, those of "position_teacher" the mass of the tail, here without the label where that is in it. The tail
+    stays in every Z_k of the student. What it takes from the loss over all V picks is the sum over k > topk of
+    alpha_k (log Z_k - s_{pi_k}) >= 0, which is 0 for topk >= V - 1, as the last pick has no choice.
+
+    top_ids and top_log_probs [..., K], by falling probability; tail_log_prob [...], the mass of all others;
+    label_log_probs and labels [...]; all at the temperature of the weights. topk: at most K, which None stands for.
+    Equal probabilities stay as they come. Raises ConfigError for topk out of range, DataError for a label that is no
+    class, ShapeError for shapes that do not belong together.
+
+    >>> log_p, label = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), torch.tensor(3)
+    >>> ranking_of_top(torch.tensor([0, 1]), log_p[:2], log_p[2:].logsumexp(0), log_p[3], label, classes=4).order
+    tensor([3, 0])
+    """
+    kept = top_ids.shape[-1]
+    picks = kept if topk is None else topk
+    if not 1 <= picks <= kept:
+        raise ConfigError(f"a teacher that keeps {kept} classes ranks from 1 to {kept} of them, and topk is {topk}")
+    rows = (top_log_probs.shape[:-1], tail_log_prob.shape, label_log_probs.shape, labels.shape)
+    if top_log_probs.shape != top_ids.shape or any(shape != top_ids.shape[:-1] for shape in rows):
+        raise ShapeError(f"a truncated teacher has [..., K] classes and one label a row: {top_ids.shape} and {rows}")
+    check_labels(labels, classes)
+    mine = top_ids == labels.unsqueeze(-1)
+    others = mine.long().argsort(dim=-1, stable=True)  # the label last, where it is there at all
+    order = torch.cat([labels.unsqueeze(-1), top_ids.gather(-1, others[..., : picks - 1])], -1)
+    wide = torch.promote_types(top_log_probs.dtype, torch.float32)
+    top, tail, label = (x.detach().to(wide) for x in (top_log_probs, tail_log_prob, label_log_probs))
+    total = torch.logaddexp(top.logsumexp(-1), tail)  # what was stored in half precision sums to 1 again
+    picked = torch.cat([label.unsqueeze(-1), top.gather(-1, others[..., : picks - 1])], -1) - total.unsqueeze(-1)
+    if weights == "teacher":
+        return Ranking(order, picked.exp())
+    if weights != "position_teacher":
+        return Ranking(order, _by_rank(weights, picks, classes, picked))
+    unpicked = top.masked_fill(mine, -math.inf).gather(-1, others[..., picks - 1 :]).exp().sum(-1)
+    outside = (tail.exp() - label.exp().masked_fill(mine.any(-1), 0.0)).clamp(min=0.0)
+    return Ranking(order, _share_of_the_rest(picked, (unpicked + outside).log() - total))
 
 
 # --- losses
