@@ -11,7 +11,8 @@ ones, since what is added in training the network makes up for. The KL is over t
 (confident instance sampling), its first argument a constant. The optimum of CE is v_k = log P(c|x) - lam_k log pi_c.
 Source: Zhao et al. 2023 (arXiv 2308.09922); lam, alpha and ramp as in the released code for CIFAR-100-LT.
 
-Shapes: logits [E, ..., C], labels [...], counts [C]; a result a number per expert is [E].
+Shapes: logits [E, ..., C], labels [...], counts [C]; a result a number per expert is [E]. Labels [E, ...] are for
+experts that see samples of their own, as those of several models side by side do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
-from kullback.core.reduce import masked_mean
 from kullback.divergences import kl
 
 __all__ = ["LAM", "MDCSLoss", "combine_experts", "diversity_logits", "mdcs_loss"]
@@ -145,12 +145,13 @@ def mdcs_loss(
 ) -> dict[str, Tensor]:
     """The loss of E experts on two views of a batch: "loss", and of each expert "cross_entropy", "consistency", "kept".
 
-    logits_weak, logits_strong [E, ..., C]: plain logits; labels [...], -100 is left out. ramp in [0, 1] multiplies
-    alpha. selection: distil where the teacher is "correct", where it is "confident" with a largest probability of at
-    least threshold, or everywhere; "kept" is the number of such samples, and their mean is 0 where there are none.
-    direction: "symmetric" is the mean of both. teacher: each expert its "own", or the "mean" of the experts' adjusted
-    distributions for all; teacher_logits [E, ..., C]: plain logits of the weak view from elsewhere, such as an average
-    of the weights over time. Raises ShapeError, ConfigError, and DataError for labels or counts out of range.
+    logits_weak, logits_strong [E, ..., C]: plain logits; labels [...] or [E, ...], -100 is left out. ramp in [0, 1]
+    multiplies alpha. selection: distil where the teacher is "correct", where it is "confident" with a largest
+    probability of at least threshold, or everywhere; "kept" is the number of such samples, and their mean is 0 where
+    there are none. direction: "symmetric" is the mean of both. teacher: each expert its "own", or the "mean" of the
+    experts' adjusted distributions for all; teacher_logits [E, ..., C]: plain logits of the weak view from elsewhere,
+    such as an average of the weights over time. Raises ShapeError, ConfigError, and DataError for labels or counts out
+    of range.
 
     >>> views = torch.tensor([[[1.0, 0.5, 0.0]]]), torch.tensor([[[0.5, 0.5, 0.0]]])
     >>> terms = mdcs_loss(*views, torch.tensor([0]), torch.tensor([100, 10, 1]), lam=[1.0])
@@ -179,10 +180,11 @@ def _loss(
     _check(weak, strong, labels, teacher_logits)
     adjusted = [_adjusted(logits, log_prior, settings.lam) for logits in (weak, strong)]
     views = [logits.log_softmax(-1) for logits in adjusted]
+    labels = labels.expand(weak.shape[:-1])
     counted = labels != -100
-    chosen = labels.clamp(min=0).expand(weak.shape[:-1]).unsqueeze(-1)
-    hard = [-0.5 * view.gather(-1, chosen).squeeze(-1) for view in views]
-    cross_entropy = torch.stack([masked_mean(one + other, counted) for one, other in zip(*hard, strict=True)])
+    chosen = labels.clamp(min=0).unsqueeze(-1)
+    hard = [view.gather(-1, chosen).squeeze(-1) for view in views]
+    cross_entropy = _means(-0.5 * (hard[0] + hard[1]), counted)
     teacher, log_teacher = adjusted[0].detach(), views[0].detach()
     if teacher_logits is not None:
         teacher = _adjusted(teacher_logits.detach(), log_prior, settings.lam)
@@ -206,7 +208,7 @@ def _check(weak: Tensor, strong: Tensor, labels: Tensor, teacher: Tensor | None)
                 f"the weak view's logits have shape {tuple(weak.shape)} and the {name}'s {tuple(other.shape)}: give "
                 "the same experts, samples and classes"
             )
-    if weak.ndim < 2 or labels.shape != weak.shape[1:-1]:
+    if weak.ndim < 2 or labels.shape not in (weak.shape[1:-1], weak.shape[:-1]):
         raise ShapeError(f"logits [E, ..., C] have labels [...]: got {tuple(weak.shape)} and {tuple(labels.shape)}")
     if labels.numel() == 0:
         raise DataError("the batch is empty: give at least one sample")
@@ -231,15 +233,20 @@ def _one_way(
     log_p = log_teacher if temperature == 1.0 else (teacher / temperature).log_softmax(-1)
     if settings.teacher == "mean":
         log_teacher, log_p = _mean(log_teacher), _mean(log_p)
-    kept = counted.expand(teacher.shape[:-1])
+    kept = counted
     if settings.selection == "correct":
         kept = kept & (log_teacher.argmax(-1) == labels)
     elif settings.threshold is not None:
         kept = kept & (log_teacher.amax(-1) >= math.log(max(settings.threshold, 1e-38)))
     log_q = log_student if temperature == 1.0 else (student / temperature).log_softmax(-1)
     values = kl(log_p, log_q)
-    means = [masked_mean(value, rows) for value, rows in zip(values, kept, strict=True)]
-    return temperature**2 * torch.stack(means), kept.flatten(1).sum(1).to(values.dtype)
+    return temperature**2 * _means(values, kept), kept.flatten(1).sum(1).to(values.dtype)
+
+
+def _means(values: Tensor, kept: Tensor) -> Tensor:
+    """The mean of each expert [E] over the samples that it keeps, 0 where there are none; all [E, ...]."""
+    total = torch.where(kept, values, 0.0).flatten(1).sum(1)
+    return total / kept.flatten(1).sum(1).clamp(min=1)
 
 
 def _mean(log_p: Tensor) -> Tensor:

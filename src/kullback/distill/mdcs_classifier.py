@@ -1,6 +1,6 @@
 """MDCS for rows of features: three experts on a shared layer, trained on two noisy views of every row.
 
-Shapes: n rows of d features, C classes, E experts.
+Shapes: n rows of d features, C classes, E experts, M classifiers that are trained side by side.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kullback.core.rng import generator as stream
 from kullback.distill.mdcs import LAM, MDCSLoss
 from kullback.models.experts import CosineHead, ExpertLinear, MultiExpert
 
-__all__ = ["MDCSClassifier", "strong_noise", "weak_noise"]
+__all__ = ["MDCSClassifier", "fit_together", "strong_noise", "weak_noise"]
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -49,6 +49,11 @@ class MDCSClassifier:
     >>> MDCSClassifier(epochs=10, hidden=8, width=8, batch=16).fit(x, y).score(x, y) > 0.8
     True
     """
+
+    model_: MultiExpert
+    classes_: np.ndarray[Any, Any]
+    counts_: Tensor
+    history_: list[dict[str, list[float]]]
 
     def __init__(
         self,
@@ -97,20 +102,7 @@ class MDCSClassifier:
 
     def fit(self, X: Any, y: Any) -> Self:
         """Train on rows X [n, d] with labels y [n] of any kind; two classes or more."""
-        rows, labels = _rows(X), np.asarray(y)
-        if labels.shape != (len(rows),):
-            raise ShapeError(f"y has one label for each of the {len(rows)} rows of X, got shape {labels.shape}")
-        self.classes_, inverse = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise DataError("a classifier needs two classes or more in y")
-        if min(self.epochs, self.batch, self.hidden, self.width) < 1:
-            raise ConfigError("epochs, batch, hidden and width are at least 1")
-        own = torch.from_numpy(inverse)
-        self.counts_ = torch.bincount(own, minlength=len(self.classes_))
-        options = {"lam": tuple(self.lam), "alpha": self.alpha, **(self.options or {})}
-        loss = MDCSLoss(self.counts_, warm_epochs=self.warm_epochs, **options)
-        self.model_ = self._network(rows.shape[1], len(self.classes_))
-        self._train(rows, own, loss)
+        fit_together([self], X, y)
         return self
 
     def _network(self, features: int, classes: int) -> MultiExpert:
@@ -119,31 +111,6 @@ class MDCSClassifier:
         branches = nn.Sequential(ExpertLinear(experts, self.hidden, self.width, generator=draw), nn.ReLU())
         heads = CosineHead(self.width, classes, experts=experts, scale=self.scale, generator=draw)
         return MultiExpert(stem, branches, heads)
-
-    def _train(self, rows: Tensor, labels: Tensor, loss: MDCSLoss) -> None:
-        optimizer = torch.optim.SGD(
-            self.model_.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=self.momentum > 0.0,
-            weight_decay=self.weight_decay,
-        )  # fmt: skip
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-        order, noise = stream(self.seed, "batches"), stream(self.seed, "views")
-        self.history_: list[dict[str, list[float]]] = []
-        for epoch in range(self.epochs):
-            loss.set_epoch(epoch)
-            totals: dict[str, Tensor] = {}
-            for part in torch.randperm(len(rows), generator=order).split(self.batch):
-                views = [augment(rows[part], noise) for augment in (self.augment_weak, self.augment_strong)]
-                weak, strong = self.model_(torch.cat(views))["logits"].chunk(2, dim=1)
-                terms = loss(weak, strong, labels[part])
-                optimizer.zero_grad()
-                terms["loss"].backward()
-                optimizer.step()
-                share = len(part) / len(rows)
-                for name, value in terms.items():
-                    weighted = value.detach() * (1.0 if name == "kept" else share)
-                    totals[name] = totals.get(name, torch.zeros_like(weighted)) + weighted
-            schedule.step()
-            self.history_.append({name: value.reshape(-1).tolist() for name, value in totals.items()})
 
     @torch.no_grad()
     def expert_logits(self, X: Any) -> Tensor:
@@ -168,6 +135,128 @@ class MDCSClassifier:
     def score(self, X: Any, y: Any) -> float:
         """The share of rows whose class is predicted."""
         return float((self.predict(X) == np.asarray(y)).mean())
+
+
+def fit_together(members: Sequence[MDCSClassifier], X: Any, y: Any) -> None:
+    """Train M classifiers on rows X [n, d] and labels y [n] at once, each as its own `fit` would, to rounding.
+
+    One batched product serves all, so that twenty small ones take a few times as long as one does. They may differ in
+    lam, alpha, seed and augmentations, and are alike in all else: ConfigError where they are not, and for several of
+    them with teacher="mean", which would mix them.
+    """
+    rows, labels = _rows(X), np.asarray(y)
+    if labels.shape != (len(rows),):
+        raise ShapeError(f"y has one label for each of the {len(rows)} rows of X, got shape {labels.shape}")
+    classes, inverse = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise DataError("a classifier needs two classes or more in y")
+    _check_alike(members)
+    own = torch.from_numpy(inverse)
+    counts = torch.bincount(own, minlength=len(classes))
+    for member in members:
+        member.classes_, member.counts_ = classes, counts
+        member.model_ = member._network(rows.shape[1], len(classes))
+        member.history_ = []
+    lam = tuple(strength for member in members for strength in member.lam)
+    largest = max(member.alpha for member in members)
+    options = {"lam": lam, "alpha": largest, **(members[0].options or {})}
+    _train(members, rows, own, MDCSLoss(counts, warm_epochs=members[0].warm_epochs, **options))
+
+
+def _check_alike(members: Sequence[MDCSClassifier]) -> None:
+    if not members:
+        raise ConfigError("there is no classifier to train: give one or more")
+    first = members[0]
+    if min(first.epochs, first.batch, first.hidden, first.width) < 1:
+        raise ConfigError("epochs, batch, hidden and width are at least 1")
+    own = {"lam", "alpha", "seed", "augment_weak", "augment_strong"}
+    for member in members[1:]:
+        given = first.get_params()
+        unlike = [name for name, value in member.get_params().items() if name not in own and value != given[name]]
+        if unlike or len(member.lam) != len(first.lam):
+            name = unlike[0] if unlike else "number of experts"
+            raise ConfigError(f"classifiers that are trained together have one {name}: fit these apart")
+    if len(members) > 1 and (first.options or {}).get("teacher", "own") != "own":
+        raise ConfigError('teacher="mean" would average over all classifiers: fit these apart')
+
+
+def _train(members: Sequence[MDCSClassifier], rows: Tensor, labels: Tensor, loss: MDCSLoss) -> None:
+    first, experts = members[0], len(members[0].lam)
+    network = first.model_ if len(members) == 1 else _side_by_side([member.model_ for member in members])
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=first.learning_rate, momentum=first.momentum, nesterov=first.momentum > 0.0,
+        weight_decay=first.weight_decay, foreach=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, first.epochs)
+    orders = [stream(member.seed, "batches") for member in members]
+    noises = [stream(member.seed, "views") for member in members]
+    alpha = torch.tensor([member.alpha for member in members]).repeat_interleave(experts)
+    for epoch in range(first.epochs):
+        loss.set_epoch(epoch)
+        totals: dict[str, Tensor] = {}
+        shuffled = torch.stack([torch.randperm(len(rows), generator=order) for order in orders])
+        for parts in shuffled.split(first.batch, dim=1):
+            views = torch.stack([_views(*each, rows) for each in zip(members, parts, noises, strict=True)])
+            weak, strong = network(views if len(members) > 1 else views[0])["logits"].chunk(2, dim=1)
+            terms = loss(weak, strong, labels[parts].repeat_interleave(experts, 0))
+            weighted = terms["cross_entropy"] + loss.ramp * alpha * terms["consistency"]
+            optimizer.zero_grad()
+            weighted.sum().backward()
+            optimizer.step()
+            terms["loss"] = weighted.detach().view(len(members), experts).sum(1)
+            share = parts.shape[1] / len(rows)
+            for name, value in terms.items():
+                part = value.detach() * (1.0 if name == "kept" else share)
+                totals[name] = totals[name] + part if name in totals else part
+        schedule.step()
+        for index, member in enumerate(members):
+            member.history_.append(
+                {name: value.view(len(members), -1)[index].tolist() for name, value in totals.items()}
+            )
+    if len(members) > 1:
+        _take_back(network, [member.model_ for member in members])
+
+
+def _views(member: MDCSClassifier, part: Tensor, noise: torch.Generator, rows: Tensor) -> Tensor:
+    """The weak views of the rows and then the strong ones, [2b, d]."""
+    return torch.cat([augment(rows[part], noise) for augment in (member.augment_weak, member.augment_strong)])
+
+
+class _Repeated(nn.Module):
+    """Features of each model [M, ...] for each of its experts, [M E, ...]."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.repeat_interleave(self.experts, 0)
+
+
+def _side_by_side(models: Sequence[MultiExpert]) -> MultiExpert:
+    """One network of M models' weights, from [M, b, d] to logits [M E, b, C]."""
+    unused, first = torch.Generator(), models[0]
+    _, hidden, inside = _stacked(models, "stem.0.weight").shape
+    experts, width, _ = first.get_parameter("branches.0.weight").shape
+    classes, many = first.get_parameter("heads.weight").shape[1], len(models) * experts
+    stem = nn.Sequential(ExpertLinear(len(models), inside, hidden, generator=unused), nn.ReLU(), _Repeated(experts))
+    branches = nn.Sequential(ExpertLinear(many, hidden, width, generator=unused), nn.ReLU())
+    scale = float(first.get_buffer("heads.scale"))
+    network = MultiExpert(stem, branches, CosineHead(width, classes, experts=many, scale=scale, generator=unused))
+    for name, value in network.named_parameters():
+        value.data.copy_(_stacked(models, name).view(value.shape))
+    return network
+
+
+def _stacked(models: Sequence[MultiExpert], name: str) -> Tensor:
+    return torch.stack([model.get_parameter(name).detach() for model in models])
+
+
+@torch.no_grad()
+def _take_back(network: MultiExpert, models: Sequence[MultiExpert]) -> None:
+    for name, value in network.named_parameters():
+        for model, own in zip(models, value.chunk(len(models)), strict=True):
+            model.get_parameter(name).copy_(own.view(model.get_parameter(name).shape))
 
 
 class _SharedLinear(nn.Linear):

@@ -3,7 +3,7 @@
 The classes are a mixture of normals in 6 groups of 5, in 16 dimensions, seen through a random map to 64 features.
 Training has 200 samples of the most frequent class and 4 of the rarest, the test 60 of each. Every model has one shared
 layer and three experts with cosine heads, trained on two noisy views of each sample; they differ in lam and alpha.
-Models of two further seeds of the training, on the same data, tell how much predictions vary.
+Models of five further seeds of the training, on the same data, tell how much predictions vary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kullback.core.types import Report
 from kullback.data.long_tail import long_tail_counts, many_medium_few
 from kullback.diagnose.ensembles import disagreement, mean_pairwise_kl, prediction_variance
 from kullback.distill.mdcs import LAM
-from kullback.distill.mdcs_classifier import MDCSClassifier
+from kullback.distill.mdcs_classifier import MDCSClassifier, fit_together
 
 __all__ = ["draw", "reproduce"]
 
 GROUPS, CLASSES, LATENT, FEATURES = 6, 30, 16, 64
-LARGEST, RATIO, TEST, REPEATS = 200, 50, 60, 3
+LARGEST, RATIO, TEST, REPEATS = 200, 50, 60, 6
 ALPHA, EPOCHS = 0.6, 40
 SETTINGS: Mapping[str, Any] = {"warm_epochs": 10, "hidden": 64, "width": 32, "scale": 16.0}
 # lam and alpha of each ensemble.
@@ -58,11 +58,17 @@ def mixture(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return *sample(counts), *sample(torch.full((CLASSES,), TEST)), counts
 
 
-def train(seed: int, method: str, repeat: int, rows: Tensor, labels: Tensor, epochs: int) -> MDCSClassifier:
-    """An ensemble; repeat: the further seed of its training."""
-    lam, alpha = METHODS[method]
-    seed += 1000 * repeat
-    return MDCSClassifier(lam=lam, alpha=alpha, seed=seed, epochs=epochs, **SETTINGS).fit(rows, labels)
+def train(seed: int, rows: Tensor, labels: Tensor, epochs: int) -> dict[str, list[MDCSClassifier]]:
+    """The ensembles of each method, all trained at once: one, or REPEATS with further seeds of the training."""
+    members = {
+        method: [
+            MDCSClassifier(lam=lam, alpha=alpha, seed=seed + 1000 * repeat, epochs=epochs, **SETTINGS)
+            for repeat in range(REPEATS if method in VARIED else 1)
+        ]
+        for method, (lam, alpha) in METHODS.items()
+    }
+    fit_together([member for several in members.values() for member in several], rows, labels)
+    return members
 
 
 def by_class(predicted: Tensor, labels: Tensor) -> Tensor:
@@ -79,13 +85,8 @@ def study(seed: int, epochs: int = EPOCHS) -> tuple[list[dict[str, Any]], dict[s
     """Rows for the figure, and for each method its accuracies, those of its experts, and how it varies."""
     rows, labels, test_rows, test_labels, counts = mixture(seed)
     table, found = [], {}
-    for method in METHODS:
-        logits = torch.stack(
-            [
-                train(seed, method, repeat, rows, labels, epochs).expert_logits(test_rows)
-                for repeat in range(REPEATS if method in VARIED else 1)
-            ]
-        )
+    for method, several in train(seed, rows, labels, epochs).items():
+        logits = torch.stack([member.expert_logits(test_rows) for member in several])
         accuracy = by_class(logits[0].mean(0).argmax(-1), test_labels)
         found[method] = summary(accuracy, counts)
         found[method]["diversity"] = mean_pairwise_kl(logits[0].log_softmax(-1)).mean().item()
