@@ -5,19 +5,23 @@ Shapes: B rows of L prompt tokens, padded on the left, and T completion tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
+from kullback.align._hf_copies import Copies, Opponents
+from kullback.align._hf_reuse import RepeatedPrompts, rows_of_use
+from kullback.align.critic import add_critic
 from kullback.align.log_probs import completion_log_probs
 from kullback.align.methods import Method
 from kullback.align.rollouts import Rollouts, pad_left
 from kullback.core.errors import ConfigError
 from kullback.core.rng import generator
+from kullback.models.heads import head_inputs
 
 __all__ = ["AlignTrainer", "Reference", "adapter_reference", "collate_completions", "frozen_reference", "index_items"]
 
@@ -82,21 +86,25 @@ def index_items(numbers: Iterable[int]) -> list[dict[str, Tensor]]:
 class AlignTrainer(Trainer):
     """A Trainer whose loss is a Method of the align room, on the log-probabilities of completions.
 
-    By keyword, the rest is the Trainer's: `method`; `reference`, where the method needs one; `rollouts`, for methods
+    By keyword, the rest is the Trainer's: `model`; `method`; `reference`, where the method needs one, and
+    `reference_model` for one that samples from it, None for the policy with its adapters off; `rollouts`, for methods
     that learn from the policy's own completions: then a batch is {"index": [P]}, the numbers of prompts, and `group`
-    completions of each are sampled from the stream of (seed, step, process). A method with an `anchor_decay` finds the
-    log-probabilities under a moving average of the weights as anchor_log_prob. Other batches have what
-    `collate_completions` makes, chosen rows before rejected ones. temperature: of the policy in the loss. vocabulary:
-    entries of the head that exist. The loss is divided by the count of the whole accumulated batch over all processes.
+    completions of each are sampled from the stream of (seed, step, process), to be used for as many steps as the
+    method's epochs and mini_batches say. What else a method may ask for is listed with `methods.OnlineMethod`. Other
+    batches have what `collate_completions` makes, chosen rows before rejected ones. temperature: of the policy in the
+    loss. vocabulary: entries of the head that exist. The loss is divided by the count of the whole accumulated batch
+    over all processes.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        model: Any,
         method: Method,
         reference: Reference | None = None,
+        reference_model: Any = None,
         rollouts: RolloutSource | None = None,
         group: int = 1,
         temperature: float = 1.0,
@@ -104,19 +112,28 @@ class AlignTrainer(Trainer):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        if method.needs_reference and reference is None:
-            raise ConfigError(f"{type(method).__name__} looks at the reference policy: give the trainer one")
-        if rollouts is not None and not hasattr(method, "prepare"):
-            raise ConfigError(f"{type(method).__name__} learns from given completions, and would not look at rollouts")
-        if rollouts is not None and self.is_fsdp_enabled:
-            raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
+        kind = getattr(method, "critic", None)
+        self.critic = None if kind is None else add_critic(model, kind)
+        super().__init__(model=model, **kwargs)
+        self._check(method, reference, rollouts)
         self.method, self.reference, self.rollouts, self.group = method, reference, rollouts, group
         self.temperature, self.vocabulary, self.stream = temperature, vocabulary, seed
         self.model_accepts_loss_kwargs = True  # asks the Trainer for the count of the accumulated batch
-        self.anchor: dict[str, Tensor] = {}
+        self.copies = Copies()
+        self.opponents = Opponents(method, reference_model, self.copies)
+        self.uses = getattr(method, "epochs", 1) * getattr(method, "mini_batches", 1)
+        self._held: list[dict[str, Any]] = []
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
+
+    def _check(self, method: Method, reference: Reference | None, rollouts: RolloutSource | None) -> None:
+        name = type(method).__name__
+        if method.needs_reference and reference is None:
+            raise ConfigError(f"{name} looks at the reference policy: give the trainer one")
+        if rollouts is not None and not hasattr(method, "prepare"):
+            raise ConfigError(f"{name} learns from given completions, and would not look at rollouts")
+        if rollouts is not None and self.is_fsdp_enabled:
+            raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -124,13 +141,38 @@ class AlignTrainer(Trainer):
         given = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
         if self.method.needs_reference and "reference_log_prob" not in inputs and self.reference is not None:
             inputs = {**inputs, "reference_log_prob": self.reference(*given)}
-        found = completion_log_probs(model, *given, temperature=self.temperature, vocabulary=self.vocabulary)
+        log_prob, values = self._under(model, given)
+        if values is not None:
+            inputs = {**inputs, "values": values}
         count = self.method.count(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss, metrics = self.method.loss(found.log_probs, inputs, count=count)
+        loss, metrics = self.method.loss(log_prob, inputs, count=count)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
         self._note(metrics)
         return (loss, {}) if return_outputs else loss
+
+    def _under(self, model: Any, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [B, T], and values [B, T] where there is a critic."""
+        options: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.vocabulary}
+        if self.critic is None:
+            return completion_log_probs(model, *given, **options).log_probs, None
+        with head_inputs(getattr(model, "module", model)) as heard:
+            found = completion_log_probs(model, *given, **options).log_probs
+        return found, self.critic(heard[-1], *given)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's, in which the critic has a rate of its own: the method's critic_rate times the policy's."""
+        made = super().create_optimizer(model)
+        rate = getattr(self.method, "critic_rate", 1.0)
+        if self.critic is None or rate == 1.0:
+            return made
+        mine = {id(weight) for weight in self.critic.parameters()}
+        for group in list(made.param_groups):
+            own = [weight for weight in group["params"] if id(weight) in mine]
+            if own:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in mine]
+                made.add_param_group({**group, "params": own, "lr": rate * group["lr"]})
+        return made
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The accumulated batch, sampled and rewarded where the method learns from its own completions."""
@@ -138,23 +180,60 @@ class AlignTrainer(Trainer):
         if not batches:
             return batches, None
         if self.rollouts is not None:
-            self._move_anchor()
-            draw = generator(self.stream, "rollouts", self.state.global_step, self.args.process_index, device=device)
-            batches = [self._roll_out(self.rollouts, batch["index"].tolist(), draw) for batch in batches]
+            batches = self._rolled_out(self.rollouts, batches, device)
         count = torch.tensor(sum(self.method.count(batch) for batch in batches), device=device, dtype=torch.float64)
         return batches, self.accelerator.reduce(count).clamp(min=1.0)
 
+    def _rolled_out(self, source: RolloutSource, batches: Sequence[Any], device: Any) -> list[dict[str, Any]]:
+        """Completions of these prompts, or the next part of those that are held, which serve for several steps."""
+        step, rank = self.state.global_step, self.args.process_index
+        use = step % self.uses
+        if use == 0 or len(self._held) != len(batches):
+            self.copies.move(self.method, self.accelerator.unwrap_model(self.model), step)
+            draw = generator(self.stream, "rollouts", step, rank, device=device)
+            self._held = [self._roll_out(source, batch["index"].tolist(), draw) for batch in batches]
+        if self.uses == 1:
+            held, self._held = self._held, []
+            return held
+        parts: int = getattr(self.method, "mini_batches", 1)
+        names = (self.stream, step // self.uses, rank)
+        return [
+            rows_of_use(batch, use, parts, seed=(*names, number)) if parts > 1 else batch
+            for number, batch in enumerate(self._held)
+        ]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.uses == 1 or self.rollouts is None:
+            return super()._get_train_sampler(train_dataset)
+        prompts = len(self.train_dataset if train_dataset is None else train_dataset)
+        a_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return RepeatedPrompts(prompts, a_step=a_step, repeats=self.uses, seed=self.stream)
+
     def extra_state(self) -> dict[str, Any]:
-        """What the method remembers and the anchor, for a checkpoint."""
+        """What the method remembers, the copies of weights and the critic, for a checkpoint."""
         method: Any = self.method
-        return {"method": method.state_dict() if hasattr(method, "state_dict") else {}, "anchor": self.anchor}
+        return {
+            "method": method.state_dict() if hasattr(method, "state_dict") else {},
+            "copies": self.copies.state_dict(),
+            "critic": {} if self.critic is None else self.critic.state_dict(),
+        }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Give the method back what it remembered."""
         method: Any = self.method
         if state["method"]:
             method.load_state_dict(state["method"])
-        self.anchor = state["anchor"]
+        self.copies.load_state_dict(state["copies"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+
+    def process_state(self) -> list[dict[str, Any]]:
+        """The completions of this process that later steps use again."""
+        return self._held
+
+    def load_process_state(self, state: list[dict[str, Any]]) -> None:
+        """Go on with them."""
+        self._held = [{name: part.to(self.args.device) for name, part in batch.items()} for batch in state]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means of what the method tells, under the names metric/..."""
@@ -169,7 +248,7 @@ class AlignTrainer(Trainer):
     def _roll_out(self, source: RolloutSource, index: Sequence[int], draw: torch.Generator) -> dict[str, Any]:
         policy = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), self._precision():
-            rolled, rewards = source(policy, index, group=self.group, generator=draw)
+            rolled, rewards, opponent = self.opponents.draw(source, policy, index, group=self.group, generator=draw)
             given = (rolled.ids, rolled.attention_mask, rolled.completion_mask)
             batch = {
                 **dict(zip(("input_ids", "attention_mask", "completion_mask"), given, strict=True)),
@@ -178,44 +257,27 @@ class AlignTrainer(Trainer):
                 "rewards": rewards,
                 "step": torch.tensor(self.state.global_step),
             }
+            if opponent is not None:
+                batch["opponent"] = opponent
             if self.method.needs_reference and self.reference is not None:
                 batch["reference_log_prob"] = self.reference(*given)
-            if self.anchor:
-                with self._anchored(policy):
-                    found = completion_log_probs(
-                        policy, *given, temperature=self.temperature, vocabulary=self.vocabulary
-                    )
-                batch["anchor_log_prob"] = found.log_probs
-            remembers = {"gather": self.accelerator.gather} if hasattr(self.method, "load_state_dict") else {}
+            self._judge(batch, policy, given)
+            gathers = hasattr(self.method, "load_state_dict") or getattr(self.method, "gathers", False)
             method: Any = self.method
-            prepared: dict[str, Any] = method.prepare(batch, group=self.group, generator=draw, **remembers)
+            more = {"gather": self.accelerator.gather} if gathers else {}
+            prepared: dict[str, Any] = method.prepare(batch, group=self.group, generator=draw, **more)
             return prepared
 
-    @torch.no_grad()
-    def _move_anchor(self) -> None:
-        """Where the method has an anchor, a moving average of the trained weights: one step of it a step."""
-        decay = getattr(self.method, "anchor_decay", None)
-        if decay is None:
-            return
-        for name, weight in self.accelerator.unwrap_model(self.model).named_parameters():
-            if not weight.requires_grad:
-                continue
-            if name not in self.anchor:
-                self.anchor[name] = weight.detach().clone()
-            self.anchor[name] = self.anchor[name].to(weight.device).lerp(weight.detach(), 1.0 - decay)
-
-    @contextmanager
-    def _anchored(self, policy: Any) -> Iterator[None]:
-        """While open, the policy has the anchor's weights."""
-        own = {name: weight.data for name, weight in policy.named_parameters() if name in self.anchor}
-        places = dict(policy.named_parameters())
-        try:
-            for name, tensor in self.anchor.items():
-                places[name].data = tensor
-            yield
-        finally:
-            for name, tensor in own.items():
-                places[name].data = tensor
+    def _judge(self, batch: dict[str, Any], policy: Any, given: tuple[Tensor, Tensor, Tensor]) -> None:
+        """What the policy, the critic and the copies of the policy say of the completions, where anyone asks."""
+        if self.critic is not None or getattr(self.method, "needs_policy", False):
+            batch["policy_log_prob"], values = self._under(policy, given)
+            if values is not None:
+                batch["old_values"] = values
+        for name, held in (("anchor", self.copies.anchor), ("proposal", self.copies.proposal)):
+            if held:
+                with self.copies.placed(name, policy):
+                    batch[f"{name}_log_prob"] = self._under(policy, given)[0]
 
     def _precision(self) -> Any:
         return self.compute_loss_context_manager() if self.args.bf16 else nullcontext()

@@ -2,8 +2,8 @@ r"""f-DPG: a policy brought to an unnormalised target P by any f-divergence, as 
 
     p = P / Z,   t(x) = pi(x) / p(x),   R(x) = -f'(t(x)),   grad D(p, pi) = -E_{x~q} [(pi/q)(x) R(x) grad log pi(x)]
 
-q is what samples: the policy itself (online), or the best of its past (offline). Z is the running mean of P/q, one for
-each context in the conditional case. The table gives D(p, pi) in kullback's order, the target first.
+q is what samples: the policy itself (online), or the best of its past (offline, `proposals.ProposalContest`). Z is the
+running mean of P/q, one for each context in the conditional case. The table gives D(p, pi) in kullback's order, the target first.
 
 | in the paper      | here                  | R up to a constant          |
 |-------------------|-----------------------|-----------------------------|
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kullback.align.log_probs import sequence_log_probs
 from kullback.align.methods import Batch
+from kullback.align.proposals import ProposalContest
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences import FDivergence, f_divergence
 
@@ -266,8 +267,13 @@ class FDpg:
 
     target "tilt": P = reference exp(reward / beta), the optimum of RLHF; "constraint": P = reference where the reward
     is over one half, 0 elsewhere. baseline: "window" (the last 1024 pseudo-rewards), "leave-one-out" in each group, or
-    "none". Z is kept for every prompt. partition and running remember, and are made anew for each training.
-    Raises ConfigError for values out of range, and for a divergence that a constraint makes infinite.
+    "none". Z is kept for every prompt. partition, running and contest remember, and are made anew for each training.
+
+    proposal: what completions are drawn from: "online" the policy itself, "offline" the best of its past, which the
+    contest renews, "given" another one whose log-probabilities come with them. defence: a share of each group that the
+    reference draws, rounded up: q is the mixture of both, whose weights P / q are bounded, so that the running Z does
+    not miss what the policy has left. Raises ConfigError for values out of range, and for a divergence that a
+    constraint makes infinite.
     """
 
     divergence: FDivergence = JENSEN_SHANNON
@@ -275,9 +281,13 @@ class FDpg:
     target: Literal["tilt", "constraint"] = "tilt"
     baseline: Literal["window", "leave-one-out", "none"] = "window"
     max_ratio: float | None = None
+    proposal: Literal["online", "offline", "given"] = "online"
+    defence: float = 0.0
     partition: PartitionEstimator = field(default_factory=PartitionEstimator)
     running: RunningBaseline = field(default_factory=RunningBaseline)
+    contest: ProposalContest = field(default_factory=ProposalContest)
     needs_reference: bool = field(default=True, init=False)
+    opponent: Literal["reference"] = field(default="reference", init=False)
 
     def __post_init__(self) -> None:
         if not (self.beta > 0.0 and math.isfinite(self.beta)):
@@ -286,12 +296,34 @@ class FDpg:
             raise ConfigError(f"target is tilt or constraint, not {self.target!r}")
         if self.baseline not in ("window", "leave-one-out", "none"):
             raise ConfigError(f"baseline is window, leave-one-out or none, not {self.baseline!r}")
+        if self.proposal not in ("online", "offline", "given"):
+            raise ConfigError(f"proposal is online, offline or given, not {self.proposal!r}")
+        if not 0.0 <= self.defence < 1.0 or (self.defence and self.proposal == "given"):
+            raise ConfigError(f"defence is a share in [0, 1) of what the job itself draws, got {self.defence}")
         outside = self.divergence.pseudo_reward(torch.tensor([math.inf]))
         if self.target == "constraint" and not outside.isfinite().all():
             raise ConfigError(
                 f"{self.divergence.name} is infinite where a constraint leaves no mass: take js, forward_kl or "
                 "total_variation"
             )
+
+    @property
+    def needs_policy(self) -> bool:
+        """Whether the batch must have the policy's own log-probabilities: something else has drawn the completions."""
+        return self.proposal != "online" or self.defence > 0.0
+
+    @property
+    def smallest_group(self) -> int:
+        """Completions of a prompt that there must be."""
+        return max(2 if self.baseline == "leave-one-out" else 1, 2 if self.defence else 1)
+
+    def opponents(self, group: int) -> int:
+        """Completions of a group that the reference draws."""
+        return min(math.ceil(self.defence * group), group - 1)
+
+    def renews(self, step: int) -> bool:
+        """Whether the policy becomes the proposal before this step."""
+        return self.contest.decide(step)
 
     def prepare(
         self,
@@ -301,24 +333,37 @@ class FDpg:
         generator: torch.Generator,
         gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> dict[str, Any]:
-        """Adds advantages [B], after Z and the baseline have taken in what all processes sampled."""
+        """Adds advantages [B] and log q [B], after Z and the baseline have taken in what all processes sampled."""
         mask, prompts = batch["completion_mask"], batch["prompt_index"]
-        log_proposal = sequence_log_probs(batch["old_log_prob"], mask)
+        log_policy = sequence_log_probs(batch["policy_log_prob" if self.needs_policy else "old_log_prob"], mask)
+        log_proposal = self._log_proposal(batch, log_policy, group)
         log_target = sequence_log_probs(batch["reference_log_prob"], mask) + self._preference(batch["rewards"])
         self.partition.update(gather(log_target), gather(log_proposal), gather(prompts))
+        partition = self.partition.log_partition(prompts)
         output = fdpg_loss(
-            log_target.double(), log_proposal.double(), log_proposal.double(), self.partition.log_partition(prompts),
-            divergence=self.divergence,
-        )  # fmt: skip
+            log_target.double(), log_policy.double(), log_proposal.double(), partition, divergence=self.divergence
+        )
         advantages = output.pseudo_reward
         if self.baseline == "leave-one-out":
             rewards = advantages.view(-1, group)
             advantages = (rewards - (rewards.sum(1, keepdim=True) - rewards) / max(group - 1, 1)).view(-1)
         elif self.baseline == "window" and self.running.value is not None:
             advantages = advantages - self.running.value
-        held = self.partition.log_partition(prompts) > -math.inf
         self.running.update(gather(output.pseudo_reward))
-        return {**batch, "advantages": torch.where(held, advantages, 0.0).to(batch["old_log_prob"].dtype)}
+        if self.proposal == "offline":
+            self.contest.update(*(gather(x) for x in (log_target, log_policy, log_proposal, partition)))
+        advantages = torch.where(partition > -math.inf, advantages, 0.0).to(batch["old_log_prob"].dtype)
+        return {**batch, "advantages": advantages, "log_proposal": log_proposal}
+
+    def _log_proposal(self, batch: Batch, log_policy: Tensor, group: int) -> Tensor:
+        """log q [B]: what drew the completions, or its mixture with the reference."""
+        mask = batch["completion_mask"]
+        if not self.defence:
+            return sequence_log_probs(batch["old_log_prob"], mask)
+        own = sequence_log_probs(batch["proposal_log_prob"], mask) if self.proposal == "offline" else log_policy
+        reference = sequence_log_probs(batch["reference_log_prob"], mask)
+        share = self.opponents(group) / group
+        return torch.logaddexp(own + math.log1p(-share), reference + math.log(share))
 
     def count(self, batch: Batch) -> float:
         """Completions."""
@@ -327,22 +372,27 @@ class FDpg:
     def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
         """The surrogate of the completions."""
         mask = batch["completion_mask"]
-        log_policy, log_proposal = (sequence_log_probs(x, mask) for x in (log_prob, batch["old_log_prob"]))
-        ratio = (log_policy.detach() - log_proposal).exp()
+        log_policy = sequence_log_probs(log_prob, mask)
+        ratio = (log_policy.detach() - batch["log_proposal"]).exp()
         if self.max_ratio is not None:
             ratio = ratio.clamp(max=self.max_ratio)
         loss = -(ratio * batch["advantages"] * log_policy).sum() / count
         gap = log_policy.detach() - sequence_log_probs(batch["reference_log_prob"], mask)
-        return loss, {"reward": batch["rewards"].float().mean(), "divergence": gap.mean()}
+        metrics = {"reward": (ratio * batch["rewards"]).float().mean(), "divergence": (ratio * gap).mean()}
+        if self.needs_policy:
+            metrics["effective_share"] = ratio.mean().square() / ratio.square().mean()
+        return loss, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What Z and the baseline remember."""
-        return {"partition": self.partition.state_dict(), "running": self.running.state_dict()}
+        """What Z, the baseline and the contest of proposals remember."""
+        parts = {"partition": self.partition, "running": self.running, "contest": self.contest}
+        return {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.partition.load_state_dict(state["partition"])
         self.running.load_state_dict(state["running"])
+        self.contest.load_state_dict(state["contest"])
 
     def _preference(self, rewards: Tensor) -> Tensor:
         if self.target == "tilt":

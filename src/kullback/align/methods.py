@@ -44,6 +44,16 @@ class OnlineMethod(Method, Protocol):
 
     `prepare` is called once on what was sampled, without a gradient: rewards [B] of `group` completions a prompt, in
     the order of the prompts; it returns the batch with its own tensors added, of any number of rows.
+
+    What else a method may have, and AlignTrainer looks for:
+    - needs_policy: the batch has policy_log_prob [B, T], where something else has drawn the completions;
+    - proposal "offline" and renews(step): a past policy draws them, and proposal_log_prob is its own;
+    - anchor_decay, anchor_every: anchor_log_prob under a moving average of the weights;
+    - opponents(group) and opponent ("reference", "mixture" with its exponent `mixture`, "anchor"): how many of a
+      prompt's completions, its last, another policy draws; `opponent` [B] marks them;
+    - critic and critic_rate (see `critic.Critic`): old_values [B, T], and values [B, T] with a gradient for the loss;
+    - epochs, mini_batches: how many steps the same completions serve, and in how many parts an epoch takes them;
+    - gathers: `prepare` is given `gather` as that of a StatefulMethod; smallest_group: completions a prompt needs.
     """
 
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]: ...

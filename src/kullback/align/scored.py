@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kullback.align.rewards import Reward, score
-from kullback.align.rollouts import Rollouts, sample_rollouts, served_rollouts
+from kullback.align.rollouts import Rollouts, join_rollouts, sample_rollouts, served_rollouts
 from kullback.core.errors import RewardError
 from kullback.decode.served import ServedSampler
 
-__all__ = ["ScoredRollouts"]
+__all__ = ["ScoredRollouts", "interleaved"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,29 +53,43 @@ class ScoredRollouts:
 
         Raises RewardError when the reward fails and nobody wants to hear of it.
         """
+        rollouts = self.draw(model, index, group=group, generator=generator)
+        return rollouts, self.rewards(rollouts)
+
+    def draw(
+        self, model: Any, index: Sequence[int], *, group: int, generator: torch.Generator, locally: bool = False
+    ) -> Rollouts:
+        """The completions alone; locally: by the model, whether or not there is a server."""
         chosen = [self.prompts[i] for i in index]
         options: dict[str, Any] = {
             "group": group, "length": self.length, "generator": generator, "end": self.end, "pad": self.pad,
             "prompt_index": index, "decode": self.decode,
         }  # fmt: skip
-        if self.server is not None:
-            rollouts = served_rollouts(self.server, chosen, **options).to(next(model.parameters()).device)
-        else:
-            more: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.vocabulary, "batch": self.batch}
-            rollouts = sample_rollouts(model, chosen, **options, **more)
-        return rollouts, self.rewards(rollouts)
+        if self.server is not None and not locally:
+            return served_rollouts(self.server, chosen, **options).to(next(model.parameters()).device)
+        more: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.vocabulary, "batch": self.batch}
+        return sample_rollouts(model, chosen, **options, **more)
 
-    def rewards(self, rollouts: Rollouts) -> Tensor:
-        """The rewards [B] of completions of these prompts."""
+    def rewards(self, rollouts: Rollouts, **more: Sequence[Any]) -> Tensor:
+        """The rewards [B] of completions of these prompts; more: columns of the completions' own."""
         rows, texts = rollouts.prompt_index.tolist(), list(rollouts.texts or ())
+        columns = {name: [column[i] for i in rows] for name, column in self.columns.items()} | more
         try:
             found = score(
-                self.reward, [self.texts[i] for i in rows], texts, seconds=self.seconds, name=self.name,
-                **{name: [column[i] for i in rows] for name, column in self.columns.items()},
-            )  # fmt: skip
+                self.reward, [self.texts[i] for i in rows], texts, seconds=self.seconds, name=self.name, **columns
+            )
         except RewardError as error:
             if self.on_error is None:
                 raise
             self.on_error(error)
             found = torch.zeros(len(rows))
         return found.to(rollouts.ids.device)
+
+
+def interleaved(own: Rollouts, others: Rollouts, *, prompts: int, pad: int = 0) -> tuple[Rollouts, Tensor]:
+    """Completions of the same prompts by two policies, each prompt's one after the other, and which [B] are others'."""
+    sizes = [len(part) // prompts for part in (own, others)]
+    places = torch.arange(len(own) + len(others)).split([len(own), len(others)])
+    order = torch.cat([place.view(prompts, size) for place, size in zip(places, sizes, strict=True)], 1).flatten()
+    found = join_rollouts([own, others], pad=pad).select(order)
+    return found, (order >= len(own)).to(found.ids.device)

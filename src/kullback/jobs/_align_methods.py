@@ -15,6 +15,7 @@ from kullback.align.implicit import FSFT, matching_divergence
 from kullback.align.kdrl import BetaSchedule, Kdrl
 from kullback.align.methods import Preference, Supervised
 from kullback.align.nash_policy import NashPolicy
+from kullback.align.proposals import ProposalContest
 from kullback.align.rehearsal import RehearsalBuffer
 from kullback.core.errors import ConfigError
 from kullback.divergences import FDivergence, f_divergence
@@ -150,10 +151,17 @@ def _rloo(*, beta: float = 0.05) -> Method:
 
 def _f_dpg(
     *, divergence: str = "js", alpha: float = 0.5, beta: float = 0.1, target: str = "tilt", baseline: str = "window",
-    max_ratio: float | None = None,
+    max_ratio: float | None = None, proposal: str = "online", defence: float = 0.0, every: int = 16,
+    judged_by: str = "kl",
 ) -> Method:  # fmt: skip
-    chosen: dict[str, Any] = {"target": target, "baseline": baseline}
-    return FDpg(divergence=target_divergence(divergence, alpha=alpha), beta=beta, max_ratio=max_ratio, **chosen)
+    chosen: dict[str, Any] = {"target": target, "baseline": baseline, "proposal": proposal}
+    if proposal != "offline" and (every, judged_by) != (16, "kl"):
+        raise ConfigError("every and judged_by are of proposal offline, which is renewed: set it, or leave them out")
+    contest = ProposalContest(divergence=target_divergence(judged_by), every=every)
+    return FDpg(
+        divergence=target_divergence(divergence, alpha=alpha), beta=beta, max_ratio=max_ratio, defence=defence,
+        contest=contest, **chosen,
+    )  # fmt: skip
 
 
 def _nash_mp(
@@ -166,10 +174,11 @@ def _nash_mp(
 
 def _kdrl(
     *, beta: float = 5e-3, beta_end: float = 1e-3, schedule: str = "constant", delta: float = 5e-5, steps: int = 100,
-    kind: str = "k2", credit: str = "token", keep: str = "none", shaping: str = "loss",
+    kind: str = "k2", credit: str = "token", keep: str = "none", shaping: str = "loss", reinforced: bool = True,
 ) -> Method:  # fmt: skip
     shape: Any = schedule
     chosen: dict[str, Any] = {"kind": kind, "credit": credit, "keep": keep, "shaping": shaping}
+    chosen["reinforced"] = reinforced
     return Kdrl(schedule=BetaSchedule(kind=shape, start=beta, end=beta_end, delta=delta, steps=steps), **chosen)
 
 

@@ -12,6 +12,7 @@ import torch
 from kullback.align._hf import AlignTrainer, Reference, adapter_reference, frozen_reference, index_items
 from kullback.align.difficulty import difficulty_filter
 from kullback.align.difficulty_sampler import FilteredSource
+from kullback.align.f_dpg import FDpg
 from kullback.align.scored import ScoredRollouts
 from kullback.align.soup import soup_state_dict
 from kullback.core.errors import ConfigError, RewardError
@@ -124,6 +125,8 @@ class Alignment:
     def trainer(self, part: Part, run: Run) -> _Trainer:
         choice = chosen_method(part.method)
         method, policy, online = choice.method, self.policy(part.seed), self.kind == "online"
+        if self.server is not None and isinstance(method, FDpg):
+            method = replace(method, proposal="given")
         prompts: Sequence[int] = range(len(self.examples))
         if choice.rehearsal is not None:
             prompts, method = rehearsed(self, choice, policy, run)
@@ -134,6 +137,7 @@ class Alignment:
             data_collator=None if online else collator(self.tokenizer.eos_token_id),
             method=method,
             reference=self.reference_of(policy) if method.needs_reference else None,
+            reference_model=self.reference_model,
             rollouts=self._training_source(run) if online else None,
             group=part.sampling.group,
             temperature=self._temperature(),
@@ -182,8 +186,6 @@ class Alignment:
         training = self.config.training
         if training.fsdp and self.kind == "online":
             raise ConfigError("sampling needs the whole model in every process: leave training.fsdp out")
-        if self.kind == "online" and self.config.sampling.group < 2:
-            raise ConfigError(f"{self.config.method.name} compares completions of a prompt: set sampling.group over 1")
         if self.config.sampling.filter and self.kind != "online":
             raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.filter out")
         if self.config.sampling.filter:
@@ -191,10 +193,25 @@ class Alignment:
             difficulty_filter(keep)
         if self.config.sampling.server and self.kind != "online":
             raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.server out")
+        self._check_drawing(chosen_method(self.config.method).method)
         if self.config.method.name == "kdrl" and not self.config.reference:
             raise ConfigError("kdrl learns from a teacher as well: name its directory as the reference")
         if self.config.method.name == "salsa" and len(self.config.reference) < 2:
             raise ConfigError("salsa has the average of several fine-tuned models as reference: name two or more")
+
+    def _check_drawing(self, method: Any) -> None:
+        """Whether the method can have its completions in the way that sampling says."""
+        name, sampling = self.config.method.name, self.config.sampling
+        smallest = getattr(method, "smallest_group", 2)
+        if self.kind == "online" and sampling.group < smallest:
+            raise ConfigError(
+                f"{name} compares completions of a prompt and needs {smallest}: set sampling.group over {smallest - 1}"
+            )
+        others = hasattr(method, "opponents") and method.opponents(sampling.group)
+        if sampling.filter and others:
+            raise ConfigError(f"{name} has another policy's completions too: leave sampling.filter out")
+        if sampling.server and getattr(method, "proposal", "online") == "offline":
+            raise ConfigError("a server draws the completions, and proposal offline would too: leave one of them out")
 
     def _folder(self) -> str:
         if self.config.model:

@@ -30,7 +30,8 @@ _FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 class RunCheckpoints:
     """A mixin for transformers.Trainer: `class T(RunCheckpoints, Trainer)`, then `trainer.run = run`.
 
-    A Trainer with a state of its own, the same in all processes, has `extra_state()` and `load_extra_state(state)`.
+    A Trainer with a state of its own, the same in all processes, has `extra_state()` and `load_extra_state(state)`;
+    with one of each process `process_state()` and `load_process_state(state)`.
     Raises CheckpointError when a checkpoint cannot be written or read, ConfigError for weights that are not finite.
     """
 
@@ -95,6 +96,8 @@ class RunCheckpoints:
             save_state(Path(output_dir), "schedule", self.lr_scheduler.state_dict())
             if hasattr(self, "extra_state"):
                 save_state(Path(output_dir), "extra", self.extra_state())
+        if hasattr(self, "process_state"):
+            save_state(Path(output_dir), f"process-{self.args.process_index}", self.process_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -107,6 +110,8 @@ class RunCheckpoints:
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
         if hasattr(self, "load_extra_state"):
             self.load_extra_state(load_state(Path(checkpoint), "extra"))
+        if hasattr(self, "load_process_state"):
+            self.load_process_state(load_state(Path(checkpoint), f"process-{self.args.process_index}"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["has_plain_head", "replaced_head"]
+__all__ = ["has_plain_head", "head_inputs", "replaced_head"]
 
 # Options of a model's configuration that change the logits after the head; with one of them the logits are taken whole.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -33,3 +33,14 @@ def replaced_head(model: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[N
         yield
     finally:
         del head.forward
+
+
+@contextmanager
+def head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """While open, a list into which goes the hidden state that each call of the model's head is given."""
+    heard: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, given: heard.append(given[0]))
+    try:
+        yield heard
+    finally:
+        hook.remove()
