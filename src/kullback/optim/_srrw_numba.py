@@ -1,6 +1,6 @@
 """Self-repellent walks and the recursions that they drive, as compiled loops.
 
-Twins of those in srrw.py and srrw_simulation.py.
+Twins of those in srrw.py, srrw_simulation.py and visit_orders.py.
 
 A visit touches the neighbours of the current node alone: the history is kept as y = x / s with a scale s that all
 nodes share, and each node's weight (x_j / mu_j)^-alpha is kept, up to a factor common to all, until its next visit.
@@ -12,7 +12,7 @@ nodes share, and each node's weight (x_j / mu_j)^-alpha is kept, up to a factor 
 import numpy as np
 from numba import njit
 
-__all__ = ["descend", "walk"]
+__all__ = ["descend", "non_backtracking", "walk"]
 
 _LOWEST, _HIGHEST = 1e-250, 1e250
 
@@ -124,3 +124,39 @@ def descend(kind, features, labels, ridge, theta, nodes, sizes, radius):
             if square > radius * radius:
                 for k in range(dimension):
                     point[k] *= radius / np.sqrt(square)
+
+
+@njit(cache=True)
+def non_backtracking(starts, neighbours, probabilities, places, before, uniforms, visited):
+    """Visits [n, R] by uniform numbers [n, R, 3]; places and before [R] are brought up to date."""
+    for index in range(uniforms.shape[0]):
+        for run in range(uniforms.shape[1]):
+            here, last = places[run], before[run]
+            begin, end = starts[here], starts[here + 1]
+            total, back, others = 0.0, 0.0, 0
+            for k in range(begin, end):
+                total += probabilities[k]
+                if neighbours[k] == last:
+                    back = probabilities[k]
+                elif neighbours[k] != here:
+                    others += 1
+            bound, reached, chosen = uniforms[index, run, 0] * total, 0.0, end - 1
+            for k in range(begin, end):
+                reached += probabilities[k]
+                if reached > bound:
+                    chosen = k
+                    break
+            other = neighbours[chosen]
+            if other == last and others > 0:
+                left = min(int(uniforms[index, run, 1] * others), others - 1)
+                for k in range(begin, end):
+                    if neighbours[k] != last and neighbours[k] != here:
+                        if left == 0:
+                            if uniforms[index, run, 2] < (probabilities[k] / back) ** 2:
+                                other = neighbours[k]
+                            break
+                        left -= 1
+            if other != here:
+                before[run] = here
+                places[run] = other
+            visited[index, run] = places[run]

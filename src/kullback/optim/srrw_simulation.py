@@ -23,7 +23,7 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.optim.srrw import SRRW, WalkState, check_exponent, loops, start_walk, walk
 
-__all__ = ["Field", "GeneralizedLinear", "MeanOf", "Simulation", "simulate", "step_sizes"]
+__all__ = ["Field", "GeneralizedLinear", "MeanOf", "Simulation", "follow", "simulate", "step_sizes"]
 
 Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # theta [R, d], nodes [R] -> H [R, d]
 
@@ -168,6 +168,28 @@ def simulate(
             done += count
         kept.append(point.clone())
     return Simulation(torch.tensor(marks), torch.stack(kept), state)
+
+
+def follow(
+    field: Field,
+    theta: Tensor,
+    nodes: Tensor,
+    *,
+    first: int = 0,
+    b: float = 0.9,
+    lr: float = 1.0,
+    radius: float | None = None,
+    compiled: bool | None = None,
+) -> Tensor:
+    """Where theta [d] or [R, d] comes to along visits that are given, [R, n], in whatever order: [R, d].
+
+    first: steps that were made before, which the sizes go on from. Everything else: as for `simulate`.
+    """
+    if nodes.ndim != 2 or theta.shape[-1:] == () or (theta.ndim == 2 and len(theta) != len(nodes)):
+        raise ShapeError(f"nodes are [R, n] and theta [d] or [R, d], not {tuple(nodes.shape)} and {tuple(theta.shape)}")
+    point = torch.as_tensor(theta, dtype=torch.float64).expand(len(nodes), -1).clone()
+    _descend(field, point, nodes.unsqueeze(2).contiguous(), step_sizes(first, nodes.shape[1], b, lr), radius, compiled)
+    return point
 
 
 def _descend(
