@@ -63,7 +63,7 @@ def cs_divergence_samples(
         rows = log_kernel_rows(one, other, exclude_self=left_out, chunk=chunk)
         return rows.logsumexp(-1) - math.log(one.shape[-2] * (other.shape[-2] - left_out))
 
-    return (mean(u, u, True) + mean(v, v, True) - 2.0 * mean(u, v, False)) / _unit(log_base)
+    return ((mean(u, u, True) + mean(v, v, True) - 2.0 * mean(u, v, False)) / _unit(log_base)).to(u.dtype)
 
 
 def conditional_cs(
@@ -95,13 +95,14 @@ def conditional_cs(
         )
     at, own, other = _scaled(x, sigma_x), _scaled(y, sigma_y), _scaled(yhat, sigma_y)
     log_d = log_kernel_rows(at, at, chunk=chunk)
-    left, right = (-log_d, -log_d) if symmetric else (-2.0 * log_d, None)
+    log_d = log_d - log_d.detach().mean(-1, keepdim=True)  # a factor on all weights changes nothing
+    left, right = (-log_d, -log_d.to(at.dtype)) if symmetric else (-2.0 * log_d, None)
 
     def total(one: Tensor, two: Tensor) -> Tensor:
         joined = torch.cat([at, one], -1), torch.cat([at, two], -1)
         return (log_kernel_rows(*joined, offset=right, chunk=chunk) + left).logsumexp(-1)
 
-    return (total(own, own) + total(other, other) - 2.0 * total(other, own)) / _unit(log_base)
+    return ((total(own, own) + total(other, other) - 2.0 * total(other, own)) / _unit(log_base)).to(at.dtype)
 
 
 def cs_qmi(
@@ -138,11 +139,11 @@ def cs_qmi(
         if gram.shape != (*t.shape[:-1], n):
             raise ShapeError(f"gram has shape [..., n, n], kernels between the {n} samples, got {tuple(gram.shape)}")
         log_gram = gram.log()
-        rows_x = log_gram.logsumexp(-1)
+        rows_x = log_gram.logsumexp(-1).to(rows_t.dtype)
         joint = (log_gram - 0.5 * (v.unsqueeze(-2) - v.unsqueeze(-3)).square().sum(-1)).flatten(-2).logsumexp(-1)
     apart = rows_x.logsumexp(-1) + rows_t.logsumexp(-1)
     across = (rows_x + rows_t).logsumexp(-1)
-    return (joint - 2 * log_n + apart - 4 * log_n - 2.0 * (across - 3 * log_n)) / _unit(log_base)
+    return ((joint - 2 * log_n + apart - 4 * log_n - 2.0 * (across - 3 * log_n)) / _unit(log_base)).to(v.dtype)
 
 
 def cs_qmi_normalized(
