@@ -12,12 +12,13 @@ from kullback.align._hf_sequencematch import (
     layout_logits,
     with_backspace,
 )
-from kullback.align.sequencematch import sequencematch_loss, transition_rewards
+from kullback.align.sequencematch import policy_entropy, sequencematch_loss, transition_rewards
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.rng import generator
 from kullback.decode.backspace import (
     PAD,
     backspace_layout,
+    block_mask,
     generate_with_backspace,
     inject_noise,
     visible_text,
@@ -224,6 +225,164 @@ def test_the_trainer(tmp_path):
     assert trainer.settings.share(50, 100) == trainer.settings.share(90, 100) == pytest.approx(0.2)
 
 
+def summed_step_by_step(logits, layout, end_value, *, alpha, gamma, steps):
+    """(sum of r - r^2 / 4 alpha, sum of V - gamma V', sum of weights), the absorbing steps one by one."""
+    gained = spent = weights = 0.0
+    for row in range(len(layout.actions)):
+        count = int(layout.held[row].sum())
+        for time in range(count + steps):
+            if time < count:
+                now = logits[row, layout.state_index[row, time]].clone()
+                if layout.depth[row, time] == 0:
+                    now[BACKSPACE] = -math.inf
+                value = now.logsumexp(0)
+                after = logits[row, layout.next_index[row, time]].logsumexp(0) if time + 1 < count else end_value
+                if time + 1 < count and layout.depth[row, time + 1] == 0:
+                    root = logits[row, 0].clone()
+                    root[BACKSPACE] = -math.inf
+                    after = root.logsumexp(0)
+                reward = now[layout.actions[row, time]] - gamma * after
+            else:
+                value = after = end_value
+                reward = (1 - gamma) * end_value
+            gained += gamma**time * (reward - reward**2 / (4 * alpha))
+            spent += gamma**time * (value - gamma * after)
+            weights += gamma**time
+    return gained, spent, weights
+
+
+def test_an_absorbing_end_is_the_sum_over_all_its_steps(model):
+    layout = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN)
+    logits, end_value = layout_logits(model, layout).detach(), torch.tensor(0.7, dtype=torch.float64)
+    options = {"backspace": BACKSPACE, "gamma": 0.8}
+    found = transition_rewards(logits, layout, terminal="absorbing", end_value=end_value, **options)
+    total = (found.weight * (found.value - found.following)).sum(1)
+    torch.testing.assert_close(total, found.value[:, 0], atol=1e-10, rtol=0)
+    gained, spent, weights = summed_step_by_step(logits, layout, end_value, alpha=3.0, gamma=0.8, steps=200)
+    output = sequencematch_loss(
+        logits, layout, logits, layout, divergence="chi2", alpha=3.0, nll_share=0.0, terminal="absorbing",
+        end_value=end_value, **options,
+    )  # fmt: skip
+    assert output.objective.item() == pytest.approx(((gained - spent) / weights).item(), abs=1e-10)
+    at_zero = sequencematch_loss(logits, layout, logits, layout, divergence="chi2", alpha=3.0, nll_share=0.0, **options)
+    assert abs(output.objective - at_zero.objective) > 1e-3, "it is not the end of value 0"
+
+
+def test_a_learnt_end_leaves_the_bandit_where_it_is():
+    """All trajectories are equally long, so nothing is to be learnt from the end: its value goes to 0."""
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    value = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    counts, options = torch.tensor([7, 2, 1]), {"lr": 0.5, "max_iter": 500, "line_search_fn": "strong_wolfe"}
+    rows = torch.repeat_interleave(torch.arange(3), counts).unsqueeze(1)
+    layout = backspace_layout(rows, backspace=3, begin=0)
+    optimizer = torch.optim.LBFGS([logits, value], tolerance_grad=1e-12, tolerance_change=1e-16, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        full = torch.cat([logits, logits.new_zeros(1)]).expand(10, layout.input_ids.shape[1], 4)
+        loss = sequencematch_loss(
+            full, layout, full, layout, backspace=3, gamma=0.9, divergence="chi2", alpha=1.0, nll_share=0.0,
+            terminal="absorbing", end_value=value,
+        ).loss  # fmt: skip
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert logits.softmax(0).tolist() == pytest.approx((0.59317288, 0.25421035, 0.15261677), abs=1e-6)
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_only_rows_that_end_have_an_end(model):
+    layout = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN)
+    logits = layout_logits(model, layout).detach()
+    cut = transition_rewards(logits, layout, backspace=BACKSPACE, terminal="bootstrap")
+    whole = transition_rewards(logits, layout, backspace=BACKSPACE)
+    mixed = transition_rewards(logits, layout, backspace=BACKSPACE, end=4)  # only the third row has a 4 at its end
+    ended = (NESTED == 4).any(1)
+    assert ended.tolist() == [True, True, True, False]
+    with_end = transition_rewards(logits, layout, backspace=BACKSPACE, end=6)
+    for row, other in ((0, whole), (3, cut)):
+        torch.testing.assert_close(with_end.reward[row], other.reward[row])
+    assert not torch.allclose(cut.reward, whole.reward)
+    torch.testing.assert_close(mixed.reward[3], cut.reward[3])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own imports
+@torch.no_grad()
+def test_the_block_mask_is_the_dense_one():
+    layout = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN)
+    mask, (batch, size) = block_mask(layout).mask_mod, layout.input_ids.shape
+    b, q, k = torch.meshgrid(torch.arange(batch), torch.arange(size), torch.arange(size), indexing="ij")
+    assert torch.equal(mask(b, torch.zeros_like(b), q, k), layout.attention)
+    assert not layout.attention[0].equal(torch.ones(size, size).tril().bool())
+    flexible = small_llama(8, hidden=32, layers=2, heads=2, length=32, generator=generator(0, "model")).eval()
+    dense = layout_logits(flexible, layout)
+    flexible.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(layout_logits(flexible, layout), dense, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_prompts_are_read_and_never_deleted(model):
+    prompts = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    seen = []
+
+    def only_even(text, logits):
+        seen.append(text)
+        out = logits.clone()
+        out[:, [1, 3, 5]] = -math.inf
+        return out
+
+    options = {"backspace": BACKSPACE, "begin": BEGIN, "length": 4, "most_actions": 12, "prompts": prompts}
+    actions = generate_with_backspace(model, 3, generator=generator(8, "p"), processor=only_even, **options)
+    assert not torch.isin(actions, torch.tensor([1, 3, 5])).any()
+    assert all(len(text) <= 4 for text in visible_text(actions, backspace=BACKSPACE))
+    assert all(text[0, 0] == BEGIN and text[0, 1:3].tolist() in prompts.tolist() for text in seen)
+    texts = {tuple(row.tolist()) for text in seen for row in text}
+    stack, row = [BEGIN, 1, 2], actions[0].tolist()
+    for action in row[:-1]:
+        assert tuple(stack) in texts
+        if action == PAD:
+            break
+        stack = stack[:-1] if action == BACKSPACE else [*stack, action]
+    first = generate_with_backspace(model, 3, generator=generator(9, "p"), **options)
+    logits = torch.stack([model(torch.tensor([[BEGIN, *p]])).logits[0, -1].float() for p in prompts.tolist()])
+    logits[:, BACKSPACE] = -math.inf
+    again = torch.multinomial(logits.softmax(-1), 1, generator=generator(9, "p")).squeeze(1)
+    assert torch.equal(first[:, 0], again)
+    with pytest.raises(ShapeError, match="prompts"):
+        generate_with_backspace(model, 2, generator=generator(9, "p"), **options)
+
+
+def test_the_trainer_learns_the_value_of_an_absorbing_end(tmp_path):
+    model = small_llama(7, hidden=16, layers=1, heads=2, length=64, generator=generator(6, "m"))
+    with_backspace(model)
+    windows = torch.randint(2, 7, (32, 10), generator=generator(7, "w"))
+    windows[::2, -1] = 1  # half of the texts end
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True,
+        report_to="none", logging_steps=2, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = SequenceMatchTrainer(
+        model=model, args=arguments, train_dataset=[{"input_ids": row} for row in windows], backspace=7, begin=0,
+        settings=SequenceMatchSettings(samples=4, kept=8, length=10, refresh_every=2, terminal="absorbing", end=1),
+    )  # fmt: skip
+    trainer.train()
+    assert model.end_value.item() != 0.0
+    logged = [entry for entry in trainer.state.log_history if "metric/entropy" in entry]
+    assert len(logged) == 2
+    assert all(0.0 < entry["metric/entropy"] < math.log(8) + 1e-6 for entry in logged)
+    assert {"metric/objective", "metric/nll", "metric/reward/data", "metric/reward/model"} <= logged[0].keys()
+    with pytest.raises(ConfigError, match="end"):
+        SequenceMatchSettings(terminal="absorbing")
+
+
+def test_the_entropy_of_a_policy():
+    layout = backspace_layout(torch.tensor([[1, 2, PAD]]), backspace=3, begin=0)
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 2] = 100.0 * torch.arange(4.0)  # after the last action: not a state of any
+    assert policy_entropy(logits, layout).item() == pytest.approx(math.log(4))
+
+
 def test_bad_input(model):
     with pytest.raises(DataError, match="nothing is visible"):
         backspace_layout(torch.tensor([[7, 1]]), backspace=7, begin=0)
@@ -237,6 +396,14 @@ def test_bad_input(model):
         transition_rewards(logits[:, :2], layout, backspace=BACKSPACE)
     for wrong in ({"alpha": 0.0}, {"gamma": 1.5}, {"divergence": "tv"}, {"normalise": "mean"}, {"terminal": "end"}):
         with pytest.raises(ConfigError):
+            sequencematch_loss(logits, layout, logits, layout, backspace=BACKSPACE, **wrong)
+    for wrong, message in (
+        ({"terminal": "absorbing"}, "end_value"),
+        ({"end_value": torch.tensor(0.0)}, "end_value"),
+        ({"terminal": "absorbing", "end_value": torch.tensor(0.0), "gamma": 1.0}, "gamma"),
+        ({"terminal": "bootstrap", "end": 3}, "cut"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             sequencematch_loss(logits, layout, logits, layout, backspace=BACKSPACE, **wrong)
     with pytest.raises(ConfigError, match="most_actions"):
         generate_with_backspace(model, 1, backspace=7, begin=0, length=9, most_actions=3, generator=generator(0))

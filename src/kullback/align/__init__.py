@@ -112,7 +112,7 @@ from kullback.align.rewards import (
 )
 from kullback.align.rollouts import Rollouts, join_rollouts, pad_left, sample_rollouts
 from kullback.align.scored import ScoredRollouts
-from kullback.align.sequencematch import sequencematch_loss, transition_rewards
+from kullback.align.sequencematch import policy_entropy, sequencematch_loss, transition_rewards
 from kullback.align.soup import (
     geometric_soup,
     linear_connectivity,
@@ -248,6 +248,7 @@ __all__ = [
     "partition_by_pass_rate",
     "pass_at_k",
     "phi_transform",
+    "policy_entropy",
     "policy_ratio",
     "posterior_sample",
     "preference_ece",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
-from kullback.align.sequencematch import Divergence, sequencematch_loss
+from kullback.align.sequencematch import Divergence, SequenceMatchOutput, policy_entropy, sequencematch_loss
 from kullback.core.errors import ConfigError
 from kullback.core.rng import generator
 from kullback.decode.backspace import (
     Layout,
     additive_mask,
     backspace_layout,
+    block_mask,
     generate_with_backspace,
     inject_noise,
 )
@@ -27,8 +28,9 @@ __all__ = ["SequenceMatchSettings", "SequenceMatchTrainer", "layout_logits", "wi
 class SequenceMatchSettings:
     """noise: the share of positions of the data before which a wrong token and a backspace are put; refresh_every:
     steps between new trajectories, samples of `length` visible tokens each time, of which `kept` stay in the buffer;
-    nll_share: of the likelihood in the loss at the end, from 1 at the first step, linearly over the first half.
-    Raises ConfigError for values out of range.
+    nll_share: of the likelihood in the loss at the end, from 1 at the first step, linearly over the first half;
+    terminal: what follows the action `end` ("zero" or "absorbing", see `sequencematch`); without an end all windows are
+    cut. Raises ConfigError for values out of range.
     """
 
     noise: float = 0.1
@@ -41,10 +43,14 @@ class SequenceMatchSettings:
     samples: int = 32
     kept: int = 64
     length: int = 40
+    terminal: Literal["zero", "absorbing"] = "zero"
+    end: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.refresh_every, self.samples, self.length) < 1 or self.kept < self.samples:
             raise ConfigError("refresh_every, samples and length are 1 or more, and kept is at least samples")
+        if self.terminal == "absorbing" and self.end is None:
+            raise ConfigError("terminal='absorbing' is of texts that end: give the action that ends them as end")
 
     def share(self, step: int, steps: int) -> float:
         """The likelihood's share at a step of so many."""
@@ -53,10 +59,11 @@ class SequenceMatchSettings:
 
 def layout_logits(model: Any, layout: Layout) -> Tensor:
     """The logits [B, T, V] of a layout's stream: each token sees its ancestors, at its depth."""
+    flexible = getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention"
+    mask = block_mask(layout) if flexible else additive_mask(layout, next(model.parameters()).dtype)
     found: Tensor = model(
-        input_ids=layout.input_ids, position_ids=layout.position_ids,
-        attention_mask=additive_mask(layout.attention, next(model.parameters()).dtype), use_cache=False,
-    ).logits  # fmt: skip
+        input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
+    ).logits
     return found
 
 
@@ -78,6 +85,10 @@ def with_backspace(model: Any) -> int:
 class SequenceMatchTrainer(Trainer):
     """A Trainer on windows {"input_ids": [L]} of a model with a backspace; `settings`, `backspace`, `begin` and `seed`
     come by keyword. Every `refresh_every` steps the buffer takes in new trajectories of the model as it is.
+
+    The log has the means of J, of the likelihood (nll), of the rewards on data and own trajectories, and the policy's
+    entropy: rewards of the data below 0, or an entropy that nears log V, tell of too small an alpha. The value of an
+    absorbing end is learnt as the parameter `end_value` of the model.
     """
 
     def __init__(
@@ -86,6 +97,12 @@ class SequenceMatchTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings, self.backspace, self.begin, self.stream = settings, backspace, begin, seed
         self.buffer: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}
+        self._terms = 0
+        if settings.terminal == "absorbing":
+            policy: Any = self.model
+            weight = next(policy.parameters())
+            policy.register_parameter("end_value", torch.nn.Parameter(weight.new_zeros((), dtype=torch.float32)))
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
@@ -102,18 +119,39 @@ class SequenceMatchTrainer(Trainer):
         )  # fmt: skip
         data = backspace_layout(actions, backspace=self.backspace, begin=self.begin, weights=weights)
         own = backspace_layout(self._sampled(len(ids), draw), backspace=self.backspace, begin=self.begin)
+        logits = layout_logits(model, data)
         output = sequencematch_loss(
-            layout_logits(model, data), data, layout_logits(model, own), own, backspace=self.backspace,
-            alpha=options.alpha, gamma=options.gamma, divergence=options.divergence, terminal="bootstrap",
+            logits, data, layout_logits(model, own), own, backspace=self.backspace,
+            alpha=options.alpha, gamma=options.gamma, divergence=options.divergence, end=options.end,
+            terminal="bootstrap" if options.end is None else options.terminal,
+            end_value=getattr(self.accelerator.unwrap_model(model), "end_value", None),
             nll_share=options.share(step, self.state.max_steps),
         )  # fmt: skip
+        if model.training:
+            self._listen(output, policy_entropy(logits, data))
         return (output.loss, {}) if return_outputs else output.loss
+
+    def _listen(self, output: SequenceMatchOutput, entropy: Tensor) -> None:
+        seen = {
+            "objective": output.objective, "nll": output.nll, "entropy": entropy,
+            "reward/data": output.reward_data, "reward/model": output.reward_model,
+        }  # fmt: skip
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in seen.items()}
+        self._terms += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, with the means of what the loss tells, under the names metric/..."""
+        if self._sums and "loss" in logs:
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / self._terms, reduction="mean")
+            logs.update({f"metric/{name}": value for name, value in zip(self._sums, means.tolist(), strict=True)})
+            self._sums, self._terms = {}, 0
+        super().log(logs, start_time)
 
     def _refresh(self, draw: torch.Generator) -> None:
         policy = self.accelerator.unwrap_model(self.model)
         found = generate_with_backspace(
             policy, self.settings.samples, backspace=self.backspace, begin=self.begin, length=self.settings.length,
-            most_actions=3 * self.settings.length, generator=draw,
+            most_actions=3 * self.settings.length, generator=draw, end=self.settings.end,
         )  # fmt: skip
         self.buffer = [*found, *self.buffer][: self.settings.kept]
 

@@ -1,13 +1,14 @@
 """Decoding: how text is drawn from a language model."""
 
 from kullback.decode.ancestral import Drawn, draw_tokens
-from kullback.decode.backspace import backspace_layout, generate_with_backspace, inject_noise
+from kullback.decode.backspace import backspace_layout, block_mask, generate_with_backspace, inject_noise
 from kullback.decode.served import ServedSampler
 
 __all__ = [
     "Drawn",
     "ServedSampler",
     "backspace_layout",
+    "block_mask",
     "draw_tokens",
     "generate_with_backspace",
     "inject_noise",

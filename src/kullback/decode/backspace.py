@@ -3,6 +3,7 @@
 A layout turns actions into one forward pass: every token that was ever appended stands in the stream once, attends to
 the tokens that were visible when it came (its ancestors), and has its depth as position. The state after a backspace
 is that of the parent, whose logits are there already: nothing is read again, and nothing that was deleted is seen.
+Place i of the stream sees place j where j <= i <= last_j, the last token that came before j was deleted.
 
 Shapes: B rows, A actions, T = 1 + tokens appended (the first is the begin token), V vocabulary with the backspace.
 Source: arXiv 2306.05426.
@@ -19,14 +20,22 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
-__all__ = ["Layout", "additive_mask", "backspace_layout", "generate_with_backspace", "inject_noise", "visible_text"]
+__all__ = [
+    "Layout",
+    "additive_mask",
+    "backspace_layout",
+    "block_mask",
+    "generate_with_backspace",
+    "inject_noise",
+    "visible_text",
+]
 
 PAD = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """input_ids, position_ids [B, T] and attention [B, T, T] (true: the row's token sees the column's) of the stream.
+    """input_ids and position_ids [B, T] of the stream, and last [B, T]: the last place that sees each.
 
     actions [B, A], PAD where a row has ended; state_index, next_index [B, A]: the stream's place of the state before
     and after each action; weight [B, A]: of each action in a loss, 0 for padding; depth [B, A]: visible tokens before.
@@ -34,7 +43,7 @@ class Layout:
 
     input_ids: Tensor
     position_ids: Tensor
-    attention: Tensor
+    last: Tensor
     actions: Tensor
     state_index: Tensor
     next_index: Tensor
@@ -45,6 +54,12 @@ class Layout:
     def held(self) -> Tensor:
         """Actions that are not padding [B, A]."""
         return self.actions != PAD
+
+    @property
+    def attention(self) -> Tensor:
+        """What each place of the stream (row) sees of the others (column): bool [B, T, T], made anew at each call."""
+        places = torch.arange(self.last.shape[1], device=self.last.device)
+        return (self.last.unsqueeze(1) >= places.unsqueeze(1)).tril_()
 
 
 def backspace_layout(actions: Tensor, *, backspace: int, begin: int, weights: Tensor | None = None) -> Layout:
@@ -66,20 +81,20 @@ def backspace_layout(actions: Tensor, *, backspace: int, begin: int, weights: Te
     depth = (appends.long() - deletes.long()).cumsum(1)
     if (depth < 0).any():
         raise DataError("a backspace where nothing is visible: remove it, or mask the action there")
-    places = torch.where(appends, appends.long().cumsum(1), 0)  # of the token in the stream, from 1 on
+    appended = appends.long().cumsum(1)
+    places = torch.where(appends, appended, 0)  # of the token in the stream, from 1 on
     after = _latest_at_depth(depth, places)
-    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
-    rows, columns = appends.nonzero(as_tuple=True)
-    size = int(appends.sum(1).max()) + 1
+    before, depth_before = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (after, depth))
+    size = int(appended.max()) + 1
     ids = torch.full((len(actions), size), begin, device=actions.device)
-    positions, parents = torch.zeros_like(ids), torch.zeros_like(ids)
-    slots = places[rows, columns]
-    ids[rows, slots] = actions[rows, columns]
-    positions[rows, slots] = depth[rows, columns]
-    parents[rows, slots] = before[rows, columns]
+    positions, last = torch.zeros_like(ids), torch.full_like(ids, size - 1)
+    # What is no append is written to place 0, and that is the begin token's.
+    ids.scatter_(1, places, torch.where(appends, actions, begin))
+    positions.scatter_(1, places, torch.where(appends, depth, 0))
+    rows, times = deletes.nonzero(as_tuple=True)
+    last[rows, before[rows, times]] = appended[rows, times]
     weight = held.float() if weights is None else torch.where(held, weights, 0.0)
-    depth_before = torch.cat([torch.zeros_like(depth[:, :1]), depth[:, :-1]], 1)
-    return Layout(ids, positions, _ancestors(parents), actions, before, after, weight, depth_before)
+    return Layout(ids, positions, last, actions, before, after, weight, depth_before)
 
 
 def _latest_at_depth(depth: Tensor, places: Tensor) -> Tensor:
@@ -95,22 +110,22 @@ def _latest_at_depth(depth: Tensor, places: Tensor) -> Tensor:
     return torch.empty_like(latest).scatter(1, order, latest)
 
 
-def _ancestors(parents: Tensor) -> Tensor:
-    """What each token of the stream sees [B, T, T]: what its parent sees, and itself."""
-    batch, size = parents.shape
-    seen = torch.zeros(batch, size, size, dtype=torch.bool, device=parents.device)
-    rows = torch.arange(batch, device=parents.device)
-    seen[:, 0, 0] = True
-    for place in range(1, size):
-        seen[:, place] = seen[rows, parents[:, place]]
-        seen[:, place, place] = True
-    return seen
-
-
-def additive_mask(attention: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def additive_mask(layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
     """[B, 1, T, T], 0 where a token is seen and the lowest number of the type elsewhere, as transformers takes it."""
-    zeros = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
-    return zeros.masked_fill(~attention, torch.finfo(dtype).min).unsqueeze(1)
+    seen = torch.zeros((), dtype=dtype, device=layout.last.device)
+    return torch.where(layout.attention, seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def block_mask(layout: Layout) -> Any:
+    """The same for models with attn_implementation="flex_attention": a BlockMask, for which no [T, T] is held."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    last = layout.last
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query <= last[row, key])
+
+    return create_block_mask(seen, len(last), None, last.shape[1], last.shape[1], device=str(last.device))
 
 
 def visible_text(actions: Tensor, *, backspace: int) -> list[list[int]]:
@@ -180,43 +195,53 @@ def generate_with_backspace(
     most_actions: int,
     generator: torch.Generator,
     end: int | None = None,
+    prompts: Tensor | None = None,
+    processor: Callable[[Tensor, Tensor], Tensor] | None = None,
     replace: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Actions [rows, A] of a model until `length` tokens are visible, `end` is taken, or most_actions were.
 
     The logits of every visible state are kept, so a backspace costs no forward pass of its own; deleted tokens stay in
-    the key-value cache and are masked. replace: from tokens [n] that are to be appended to those that are, as a noisy
-    channel would. Raises ConfigError.
+    the key-value cache and are masked. prompts [rows, P]: follow the begin token, and are never deleted; processor:
+    from the visible text [n, L] (begin, prompt and what is written) and logits [n, V] to logits, as transformers'
+    LogitsProcessor; replace: from tokens [n] that are to be appended to those that are, as a noisy channel would.
+    Raises ConfigError, ShapeError.
     """
     if rows < 1 or length < 1 or most_actions < length:
         given = f"{rows}, {length} and {most_actions}"
         raise ConfigError(f"rows and length are 1 or more and most_actions is at least length, got {given}")
-    device, training = next(model.parameters()).device, model.training
+    if prompts is not None and (prompts.ndim != 2 or len(prompts) != rows):
+        raise ShapeError(f"prompts are [rows, P] for {rows} rows, got {tuple(prompts.shape)}")
+    parameter, training = next(model.parameters()), model.training
+    start = torch.full((rows, 1), begin, device=parameter.device)
+    if prompts is not None:
+        start = torch.cat([start, prompts.to(start)], 1)
     model.eval()
     try:
-        return _generate(
-            model, rows, (backspace, begin, end), length, most_actions, generator, replace, torch.device(device)
-        )
+        return _generate(model, start, (backspace, begin, end), length, most_actions, generator, processor, replace)
     finally:
         model.train(training)
 
 
 def _generate(
-    model: Any, rows: int, special: tuple[int, int, int | None], length: int, most: int, generator: torch.Generator,
-    replace: Callable[[Tensor], Tensor] | None, device: torch.device,
+    model: Any, start: Tensor, special: tuple[int, int, int | None], length: int, most: int,
+    generator: torch.Generator, processor: Callable[[Tensor, Tensor], Tensor] | None,
+    replace: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    backspace, begin, end = special
-    everyone = torch.arange(rows, device=device)
-    token, depth = torch.full((rows, 1), begin, device=device), torch.zeros(rows, dtype=torch.long, device=device)
-    out = model(input_ids=token, position_ids=depth.unsqueeze(1), use_cache=True)
+    (backspace, begin, end), (rows, given), device = special, start.shape, start.device
+    everyone, depth = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
+    out = model(input_ids=start, use_cache=True)
     logits = out.logits[:, -1].float()
     stack = logits.new_zeros(rows, length + 1, logits.shape[-1])  # the logits of each visible state
     stack[:, 0] = logits
-    seen = torch.ones(rows, 1, dtype=torch.long, device=device)
+    seen = torch.ones_like(start)
     where = torch.zeros(rows, length + 1, dtype=torch.long, device=device)  # the cache's place of each visible token
+    text = torch.cat([start, torch.zeros_like(where[:, 1:])], 1)
     done, actions = torch.zeros(rows, dtype=torch.bool, device=device), []
-    for number in range(1, most + 1):
+    for number in range(most):
         current = stack[everyone, depth]
+        if processor is not None:
+            current = _processed(processor, text, depth + given, current)
         current[depth == 0, backspace] = -torch.inf
         action = torch.multinomial(current.softmax(-1), 1, generator=generator).squeeze(1)
         delete = (action == backspace) & ~done
@@ -226,17 +251,30 @@ def _generate(
         seen[everyone[delete], where[everyone[delete], depth[delete]]] = 0
         append = ~delete & ~done
         depth = depth + append.long() - delete.long()
+        text[everyone[append], given - 1 + depth[append]] = action[append]
         stop = append & ((depth >= length) | (action == end if end is not None else torch.zeros_like(append)))
         done = done | stop
-        if done.all() or number == most:
+        if done.all() or number == most - 1:
             break
         name = "cache" if "cache" in out else "past_key_values"  # before and since transformers 5.24
         cache = {name: out[name]}
         seen = torch.cat([seen, append.long().unsqueeze(1)], 1)
-        where[everyone[append], depth[append]] = number
+        where[everyone[append], depth[append]] = given + number
         token = torch.where(append, action, begin).unsqueeze(1)
         mask = seen.clone()
         mask[:, -1] = 1  # a row that has deleted reads a token that nobody will see
-        out = model(input_ids=token, position_ids=depth.unsqueeze(1), attention_mask=mask, use_cache=True, **cache)
+        position = (depth + given - 1).unsqueeze(1)
+        out = model(input_ids=token, position_ids=position, attention_mask=mask, use_cache=True, **cache)
         stack[everyone[append], depth[append]] = out.logits[:, -1].float()[append]
     return torch.stack(actions, 1)
+
+
+def _processed(
+    processor: Callable[[Tensor, Tensor], Tensor], text: Tensor, sizes: Tensor, logits: Tensor
+) -> Tensor:
+    """Rows whose visible texts are equally long go through the processor together, without padding."""
+    found = logits.clone()
+    for size in sizes.unique().tolist():
+        rows = (sizes == size).nonzero().squeeze(1)
+        found[rows] = processor(text[rows, :size], logits[rows])
+    return found
