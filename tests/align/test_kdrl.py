@@ -184,6 +184,29 @@ def test_the_method(shaping, keep):
         torch.testing.assert_close(sum(parts), whole)
 
 
+def test_distillation_alone_does_not_look_at_rewards():
+    teacher, student, rewards, mask = batch()
+    given = {
+        "completion_mask": mask, "old_log_prob": student.detach(), "reference_log_prob": teacher,
+        "step": torch.tensor(0),
+    }  # fmt: skip
+
+    def gradient(method, rewards):
+        prepared = method.prepare({**given, "rewards": rewards}, group=4, generator=generator(0))
+        log_prob = student.detach().clone().requires_grad_()
+        loss, _ = method.loss(log_prob, prepared, count=method.count(prepared))
+        return torch.autograd.grad(loss, log_prob)[0]
+
+    schedule = BetaSchedule(start=0.1)
+    alone, joint = Kdrl(schedule=schedule, reinforced=False), Kdrl(schedule=schedule)
+    blind = gradient(joint, torch.zeros_like(rewards))
+    torch.testing.assert_close(gradient(alone, rewards), blind)
+    assert not torch.allclose(gradient(joint, rewards), blind), "with the reward's part it is another gradient"
+    for options in ({"keep": "response"}, {"shaping": "reward"}):
+        with pytest.raises(ConfigError, match="teacher"):
+            Kdrl(reinforced=False, **options)
+
+
 def test_bad_input():
     teacher, student, rewards, _ = batch()
     with pytest.raises(ConfigError, match="kind"):

@@ -229,6 +229,7 @@ class Kdrl:
 
     schedule: the teacher's weight; kind, credit, keep: as in the module. shaping "loss" is the paper's; "reward" puts
     beta R of the whole completion into its reward before the groups are normalised, which the paper found worse.
+    reinforced: False leaves the reward's part out, for distillation on the student's own samples alone (KD-RKL).
     policy: the options of the reward's part, without a penalty of its own. correct_from: rewards that count as right.
     """
 
@@ -237,6 +238,7 @@ class Kdrl:
     credit: Literal["token", "return_to_go"] = "token"
     keep: Keep = "none"
     shaping: Literal["loss", "reward"] = "loss"
+    reinforced: bool = True
     policy: Grpo = field(default_factory=Grpo)
     correct_from: float = 0.5
     needs_reference: bool = field(default=True, init=False)
@@ -246,6 +248,8 @@ class Kdrl:
         kd_terms(torch.zeros(1, 1), torch.zeros(1, 1), kind=self.kind, credit=self.credit)
         if self.shaping not in ("loss", "reward"):
             raise ConfigError(f"shaping is loss or reward, not {self.shaping!r}")
+        if not self.reinforced and (self.shaping == "reward" or self.keep != "none"):
+            raise ConfigError("without the reward's part the teacher is heard in the loss and on all completions")
         if self.policy.beta:
             raise ConfigError("KDRL has no penalty to a reference: give a policy with beta=0")
 
@@ -258,6 +262,8 @@ class Kdrl:
         advantages = grouped_advantages(
             rewards.view(-1, group), scale=self.policy.scale, baseline=self.policy.baseline
         )
+        if not self.reinforced:
+            advantages = torch.zeros_like(advantages)
         keep = kd_mask(batch["rewards"].view(-1, group) >= self.correct_from, mode=self.keep)
         return {
             **batch, "advantages": advantages.view(-1), "keep": keep.reshape(-1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,18 @@ class Alignment:
         if not sampling.filter:
             return source
         keep: Any = sampling.filter
-        return FilteredSource(source=source, keep=difficulty_filter(keep), max_draws=sampling.most_draws)
+        return FilteredSource(
+            source=source, keep=difficulty_filter(keep), max_draws=sampling.most_draws, told=self._groups_told(run)
+        )
+
+    def _groups_told(self, run: Run) -> Callable[[int, int], None]:
+        """Records how many groups a step drew and how many of them were kept."""
+
+        def tell(drawn: int, kept: int) -> None:
+            if self.state.is_main_process:
+                run.event("groups", drawn=drawn, kept=kept)
+
+        return tell
 
     def rollouts(self, examples: Examples, on_error: Any = None) -> ScoredRollouts:
         """The sampling of completions of these prompts, with their rewards (0 where the job has no reward)."""

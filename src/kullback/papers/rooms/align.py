@@ -6,19 +6,16 @@ those that it is trained on, since a pair or a completion says nothing about ano
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kullback.core.files import atomic_write
 from kullback.core.runs import Run
 from kullback.data.arithmetic import sum_examples
-from kullback.data.examples import Example
 from kullback.figures import figure
 from kullback.models.adder import trained_adder
 from kullback.papers.comparison import StepClock
+from kullback.papers.sums import Aligned, align, write_examples
 
 __all__ = ["COLUMNS", "SEEDS", "THREADS", "compare", "draw"]
 
@@ -37,53 +34,42 @@ def compare(run: Run) -> list[dict[str, Any]]:
     """A row for the model as it starts out, and one for each method."""
     from kullback.jobs._align_methods import method_names
 
-    sums = run.path / "sums.jsonl"
-    if not sums.exists():
-        atomic_write(sums, "".join(json.dumps(_record(example)) + "\n" for example in sum_examples()))
     rows: list[dict[str, Any]] = []
     for name in method_names():
-        folder, milliseconds = _align(run, name, name, _STEPS, _references(run, name))
-        before, after = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
+        clock = StepClock()
+        done = _aligned(run, name, name, _STEPS, _references(run, name), clock)
+        before, after = done.curve[0], done.curve[-1]
         if not rows:
             rows.append({"task": _TASK, "method": "before", **_numbers(before)})
-        rows.append({"task": _TASK, "method": name, **_numbers(after), "milliseconds": milliseconds})
+        rows.append({"task": _TASK, "method": name, **_numbers(after), "milliseconds": clock.milliseconds})
         run.event("method", name=name, reward=after["reward"])
     return rows
 
 
-def _references(run: Run, name: str) -> tuple[str, ...]:
+def _references(run: Run, name: str) -> list[Path]:
     """What a method needs beside the model: parents of a soup, which learnt a little apart, or a teacher."""
     wanted = {"salsa": {"parent-a": _STEPS // 6, "parent-b": _STEPS // 6}, "kdrl": {"teacher": _STEPS}}.get(name, {})
-    return tuple(
-        str(_align(run, "sft", folder, max(steps, 1), (), seed=place)[0] / "model")
+    return [
+        _aligned(run, "sft", folder, max(steps, 1), [], None, seed=place).model
         for place, (folder, steps) in enumerate(wanted.items())
-    )
+    ]
 
 
-def _align(
-    run: Run, name: str, folder: str, steps: int, reference: tuple[str, ...], *, seed: int | None = None
-) -> tuple[Path, float | None]:
-    """The finished run directory of a method, and milliseconds a step."""
-    from kullback.jobs import align as job
+def _aligned(
+    run: Run, name: str, folder: str, steps: int, reference: Sequence[Path], listen: StepClock | None,
+    seed: int | None = None,
+) -> Aligned:  # fmt: skip
     from kullback.jobs._align_methods import chosen_method
+    from kullback.jobs.align import MethodConfig
 
-    base, sums = job.embedded(), str(run.path / "sums.jsonl")
-    data = replace(base.data, train=sums, validation=sums, validation_prompts=100)
-    method = job.MethodConfig(name=name, options=_OPTIONS.get(name, {}))
-    a_prompt = {"online": _GROUP, "pair": 2, "completion": 1}[chosen_method(method).kind]
-    batch = _COMPLETIONS // a_prompt
-    training = replace(base.training, steps=steps, batch=batch, evaluate_every=steps, save_every=steps)
-    config = replace(
-        base, model=str(trained_adder()), reference=reference, data=data, method=method, training=training,
-        seeds=(run.seed if seed is None else seed,),
+    options = _OPTIONS.get(name, {})
+    kind = chosen_method(MethodConfig(name=name, options=options)).kind
+    a_prompt = {"online": _GROUP, "pair": 2, "completion": 1}[kind]
+    return align(
+        run, folder, model=trained_adder(), examples=write_examples(run.path / "sums.jsonl", sum_examples()),
+        method=name, options=options, reference=reference, steps=steps, batch=_COMPLETIONS // a_prompt, group=_GROUP,
+        seed=seed, listen=listen,
     )  # fmt: skip
-    clock, place = StepClock(), run.path / folder
-    done = job.run(config, place, listen=clock, resume=place.exists())
-    return done.path, clock.milliseconds
-
-
-def _record(example: Example) -> dict[str, Any]:
-    return {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected, **example.others}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
