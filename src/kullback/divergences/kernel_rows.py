@@ -12,6 +12,7 @@ Shapes: u [..., N, d], v [..., M, d], b [..., M]; r [..., N].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class _KernelRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         if ctx.kept:
-            return _of_kept(*ctx.saved_tensors, grad, *ctx.needs_input_grad[:3])
+            return *_of_kept(*ctx.saved_tensors, grad, ctx.needs_input_grad), None, None
         u, v, rows, *offset = ctx.saved_tensors
         shift, (need_u, need_v, need_offset, *_) = _shift(v, *offset), ctx.needs_input_grad
         by_u = torch.empty_like(u) if need_u else None
@@ -102,16 +103,17 @@ class _KernelRows(torch.autograd.Function):
 
 
 def _of_kept(
-    u: Tensor, v: Tensor, scores: Tensor, total: Tensor, grad: Tensor, need_u: bool, need_v: bool, need_offset: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    u: Tensor, v: Tensor, scores: Tensor, total: Tensor, grad: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients, from kernels [..., N, M] that are relative to the largest of each row, and their sums [..., N]."""
     # the sum is at least 1, or 0 where nothing is left: then all are 0 and no NaN reaches a gradient
+    need_u, need_v, need_offset, *_ = needed
     weight = grad.unsqueeze(-1).to(u.dtype)
     share = scores * (weight / total.clamp(min=1.0).unsqueeze(-1))
     by_u = torch.matmul(share, v).sub_(weight * u) if need_u else None
     mass = share.sum(-2) if need_v or need_offset else None
     by_v = torch.matmul(share.mT, u).sub_(mass.unsqueeze(-1) * v) if need_v and mass is not None else None
-    return by_u, by_v, mass if need_offset else None, None, None
+    return by_u, by_v, mass if need_offset else None
 
 
 def _precise(total: Tensor) -> Tensor:
