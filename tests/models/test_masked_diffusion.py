@@ -9,7 +9,13 @@ import torch
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.data.corpora import corpus
-from kullback.models.denoisers import FlatDenoiser, SpectralLinear, TokenDiscriminator, TransformerDenoiser
+from kullback.models.denoisers import (
+    FlatDenoiser,
+    SpectralLinear,
+    TokenDiscriminator,
+    TransformerDenoiser,
+    WindowDenoiser,
+)
 from kullback.models.masked_diffusion import (
     CosineSchedule,
     LogLinearSchedule,
@@ -342,6 +348,23 @@ def test_networks_and_their_discriminators(kind, generator):
         model(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ShapeError, match="columns"):
         model(torch.zeros(1, 6, 5))
+
+
+def test_windows_see_so_many_places_and_the_mean_of_all(generator):
+    model = WindowDenoiser(5, width=8, layers=2, generator=generator)
+    z = torch.randint(6, (3, 9), generator=generator)
+    assert model(z).shape == (3, 9, 5)
+    torch.testing.assert_close(model(torch.nn.functional.one_hot(z, 6).float()), model(z))
+    changed = z.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 6
+    moved = (model.features(changed) - model.features(z))[..., :8].abs().amax((0, 2)) > 0
+    assert moved.tolist() == [False, False, True, True, True, True, True, False, False]
+    assert ((model(changed) - model(z)).abs().amax((0, 2)) > 0).all()
+    assert model(z[:, :4]).shape == (3, 4, 5)
+    score = TokenDiscriminator(model, trained=None, generator=generator)
+    assert all(value.requires_grad for value in score.parameters())
+    with pytest.raises(ConfigError, match="sizes"):
+        WindowDenoiser(5, layers=0, generator=generator)
 
 
 def letters(documents):

@@ -1,4 +1,4 @@
-"""Small networks for masked diffusion: a perceptron over the whole sequence, a transformer, and discriminators on them.
+"""Small networks for masked diffusion: a perceptron over all positions, a transformer, windows, and discriminators.
 
 Each takes z [b, L] with symbols 0..V-1 and the mask V, or weights [b, L, V + 1] over the symbols, whose embeddings are
 then mixed; t [b] is not looked at. `features` is what the last layer, `head`, reads.
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kullback.core.errors import ConfigError, ShapeError
 
-__all__ = ["FlatDenoiser", "SpectralLinear", "TokenDiscriminator", "TransformerDenoiser"]
+__all__ = ["FlatDenoiser", "SpectralLinear", "TokenDiscriminator", "TransformerDenoiser", "WindowDenoiser"]
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator, scale: float = 1.0) -> nn.Linear:
@@ -150,6 +150,36 @@ class TransformerDenoiser(nn.Module):
         return self.head(self.features(z)[places])
 
 
+class WindowDenoiser(nn.Module):
+    """Layers with SiLU over a position and its two neighbours, all positions alike; logits [b, L, V].
+
+    A position sees `layers` places to both sides, and the mean of what all positions saw: enough to judge whether near
+    symbols fit each other, which it learns from a tenth of the sequences that a `FlatDenoiser` takes, for any length.
+    Raises ConfigError for sizes below 1.
+    """
+
+    def __init__(self, symbols: int, *, width: int = 32, layers: int = 3, generator: torch.Generator) -> None:
+        super().__init__()
+        if min(symbols, width, layers) < 1:
+            raise ConfigError(f"sizes are 1 or more, got {symbols}, {width}, {layers}")
+        self.symbols, self.width, self.outputs = symbols, 2 * width, 1
+        self.embedding = _table(symbols + 1, width, generator)
+        self.blocks = nn.ModuleList([_linear(3 * width, width, generator, 1.4) for _ in range(layers)])
+        self.head: nn.Module = _linear(2 * width, symbols, generator)
+
+    def features(self, z: Tensor) -> Tensor:
+        """[b, L, h], twice the width: of the windows, and of their mean over the sequence."""
+        hidden = _embedded(self.embedding, z)
+        for block in self.blocks:
+            around = functional.pad(hidden, (0, 0, 1, 1))
+            hidden = functional.silu(block(torch.cat([around[:, :-2], hidden, around[:, 2:]], dim=-1)))
+        return torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], dim=-1)
+
+    def forward(self, z: Tensor, t: Tensor | None = None) -> Tensor:
+        """Logits [b, L, V]."""
+        return self.head(self.features(z))
+
+
 class SpectralLinear(nn.Module):
     """A linear layer whose weight is divided by its largest singular value, so that it stretches nothing.
 
@@ -188,24 +218,24 @@ class TokenDiscriminator(nn.Module):
     """A logit for each position [b, L], whether z comes from the reference (high) or from the student (low).
 
     A copy of a denoiser with a head of its own, spectrally normalised: linear, SiLU, linear. `trained` says how many of
-    the last blocks learn, with what follows them; the rest is frozen. spectral=False: a plain linear head, for a
-    `FlatDenoiser`, whose one normalised matrix for all positions would hold every logit close to 0.
+    the last blocks learn, with what follows them; the rest is frozen. None: all of it learns, which a backbone needs
+    that was no denoiser before. spectral=False: a plain linear head, for a `FlatDenoiser`, whose one normalised matrix
+    for all positions would hold every logit close to 0.
     """
 
     def __init__(
         self,
-        backbone: FlatDenoiser | TransformerDenoiser,
+        backbone: FlatDenoiser | TransformerDenoiser | WindowDenoiser,
         *,
-        trained: int = 4,
+        trained: int | None = 4,
         spectral: bool = True,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        if trained < 0:
+        if trained is not None and trained < 0:
             raise ConfigError(f"trained is a number of blocks from 0 on, and is {trained}")
-        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
-        first = max(0, len(self.backbone.blocks) - trained)
-        for block in self.backbone.blocks[first:]:
+        self.backbone = copy.deepcopy(backbone).requires_grad_(trained is None)
+        for block in self.backbone.blocks[max(0, len(self.backbone.blocks) - (trained or 0)) :]:
             block.requires_grad_()
         if isinstance(self.backbone, TransformerDenoiser):
             self.backbone.norm.requires_grad_()

@@ -156,11 +156,11 @@ def _inverted(rows: Tensor, generator: torch.Generator) -> Tensor:
     """The first column [m, 1] whose sum of weights [m, V] passes a uniform share of all."""
     sums = rows.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
-    if not bool(((total > 0.0) & (total < torch.inf)).all()):
+    if len(rows) and not (float(total.min()) > 0.0 and float(total.max()) < math.inf):
         raise ConfigError("weights are 0 or more and not all 0 in a row, and are no numbers, or nothing, in one here")
     uniform = torch.rand(len(rows), 1, generator=generator, device=rows.device, dtype=torch.float64)
-    # The product is rounded, perhaps up to the total itself.
-    return torch.searchsorted(sums, torch.minimum(uniform * total, total * (1.0 - 2.0**-52)), right=True)
+    # The product is rounded, and must stay below the total.
+    return torch.searchsorted(sums, uniform.mul_(1.0 - 2.0**-50).mul_(total), right=True)
 
 
 def logits_at(model: Denoiser, z: Tensor, t: Tensor, places: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A masked diffusion model of a chain of 12 symbols is trained, and distilled with data as the reference. Teacher, student
 and student with reward-guided sampling (RGAS) are compared by the likelihood of their samples under the true chain, the
 distance of their bigrams from the true ones, and the entropy within sequences, at different numbers of steps. Short
-runs without the intermediate state, its score, or the coupled times stand beside a short run of the whole method.
+runs without the intermediate state, its score, or the coupled times stand beside a short run of the whole method. The
+same comparison is made on letters of real prose, with a transformer as teacher and a judge that counts: see `text`.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from kullback.core.runs import Run
 from kullback.core.types import Report
 from kullback.distill.didi_sampler import RGASampler
 from kullback.distill.didi_trainer import DiDiSettings, DiDiTrainer
-from kullback.models.denoisers import FlatDenoiser, TokenDiscriminator
+from kullback.models.denoisers import FlatDenoiser, TokenDiscriminator, TransformerDenoiser, WindowDenoiser
 from kullback.models.masked_diffusion import LogLinearSchedule, mdm_loss
 from kullback.models.masked_diffusion_sampling import AncestralSampler
+from kullback.papers.didi.text import LETTERS, prose, windows
 
 __all__ = ["draw", "reproduce"]
 
 SYMBOLS, LENGTH, SPREAD = 12, 16, 2.2
 TEACHER_STEPS, TEACHER_RATE, BATCH = 3000, 1e-3, 128
-STEPS, SHORT, SAMPLES = 900, 150, 4000
-# The student's first step is held close to the teacher's: its symbols are independent of each other, and the reverse
-# divergence would else make it choose a single mode.
+STEPS, SHORT, SAMPLES = 900, 250, 4000
+TEXT_TEACHER_STEPS, TEXT_TEACHER_RATE, TEXT_BATCH = 600, 5e-3, 64
+TEXT_STEPS, TEXT_RATE, TEXT_SAMPLES = 300, 1e-3, 2000
+# All of a group share a tau, whose rewards are then of one kind. The student's first step is held near the teacher's:
+# its symbols are independent of each other, and the reverse divergence would else have it prefer some.
 SETTINGS: Mapping[str, Any] = {
-    "batch": BATCH, "group": 4, "normalise": "batch", "learning_rate": 1e-4, "discriminator_rate": 1e-3, "warmup": 0,
-    "iterations": STEPS, "discriminator_first": 100, "kl": (20.0, 2.0), "kl_beta": 1.0, "entropy": 0.0, "ema": 0.99,
-    "beta": (2.0, 2.0), "omega_clip": (0.1, 2.0),
+    "batch": BATCH, "group": 32, "normalise": "group", "tau_shared": True, "learning_rate": 1e-4,
+    "discriminator_rate": 5e-3, "warmup": 0, "discriminator_first": 100, "kl": (1.0, 0.1), "entropy": 0.0, "ema": 0.99,
 }  # fmt: skip
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "whole method": {},
@@ -43,6 +46,9 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "score without the state": {"trajectory": "direct_score"},
     "times not coupled": {"coupled": False},
 }
+
+
+Draw = Callable[[int, torch.Generator], Tensor]
 
 
 class Chain(NamedTuple):
@@ -85,69 +91,112 @@ class Chain(NamedTuple):
 def trained_teacher(seed: int, chain: Chain) -> FlatDenoiser:
     """A denoiser trained on fresh sequences of the chain."""
     model = FlatDenoiser(SYMBOLS, LENGTH, generator=generator(seed, "teacher"))
-    optimizer = torch.optim.Adam(model.parameters(), TEACHER_RATE, foreach=True)
-    source = generator(seed, "teacher batches")
-    for step in range(TEACHER_STEPS):
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / TEACHER_STEPS)
-        optimizer.param_groups[0]["lr"] = TEACHER_RATE * min(1.0, (step + 1) / 100) * cosine
-        x = chain.draw(BATCH, source)
-        loss = mdm_loss(model, x, schedule=LogLinearSchedule(), mask_id=SYMBOLS, generator=source).loss
+    return trained(model, chain.draw, TEACHER_STEPS, TEACHER_RATE, generator(seed, "teacher batches"))
+
+
+def trained(model: Any, draw: Draw, steps: int, rate: float, source: torch.Generator, batch: int = BATCH) -> Any:
+    """The denoiser after so many steps on the bound, on `batch` sequences each."""
+    optimizer = torch.optim.Adam(model.parameters(), rate, foreach=True)
+    for step in range(steps):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 100) * cosine
+        x = draw(batch, source)
+        loss = mdm_loss(model, x, schedule=LogLinearSchedule(), mask_id=model.symbols, generator=source).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
 
 
-def distilled(seed: int, chain: Chain, teacher: FlatDenoiser, steps: int, **changed: Any) -> DiDiTrainer:
-    """A student after so many of STEPS steps."""
+def untaught_discriminator(seed: int, symbols: int) -> TokenDiscriminator:
+    """What the student is judged by: windows, alike in all places, are right after fifty steps as often as a copy of
+    the chain's teacher, which sees all places apart, is after six hundred.
+    """
+    backbone = WindowDenoiser(symbols, generator=generator(seed, "discriminator"))
+    return TokenDiscriminator(backbone, trained=None, spectral=False, generator=generator(seed, "discriminator head"))
+
+
+def distilled(seed: int, teacher: Any, draw: Draw, steps: int, **changed: Any) -> DiDiTrainer:
+    """A student after so many steps."""
     source = generator(seed, "distillation")
-    discriminator = TokenDiscriminator(teacher, spectral=False, generator=generator(seed, "discriminator"))
+    settings = DiDiSettings(**{**SETTINGS, **changed})
+    discriminator = untaught_discriminator(seed, teacher.symbols)
     trainer = DiDiTrainer(
-        teacher, discriminator, mask_id=SYMBOLS, length=LENGTH, settings=DiDiSettings(**{**SETTINGS, **changed}),
-        generator=source,
-    )  # fmt: skip
+        teacher, discriminator, mask_id=teacher.symbols, length=teacher.length, settings=settings, generator=source
+    )
 
     def batches() -> Iterator[Tensor]:
         while True:
-            yield chain.draw(BATCH, source)
+            yield draw(settings.batch, source)
 
     return trainer.fit(steps, batches())
 
 
 def reproduce(run: Run) -> Report:
-    """One seed: a chain, its teacher, the student, and the short runs."""
+    """One seed: a chain, its teacher, the student, the short runs, and the same on real text."""
     seed = run.seed
     chain = Chain.random(generator(seed, "chain"))
-    rows: list[dict[str, Any]] = []
-
-    def note(study: str, who: str, steps: int, sampler: AncestralSampler) -> None:
-        x = sampler.run(SAMPLES, LENGTH, generator=generator(seed, "samples", steps))
-        rows.append({"study": study, "who": who, "steps": steps, **chain.measured(x)})
-
-    def plain(model: Callable[[Tensor, Tensor], Tensor], steps: int) -> AncestralSampler:
-        return AncestralSampler(model, steps=steps, mask_id=SYMBOLS)
-
-    truth = chain.measured(chain.draw(20_000, generator(seed, "truth")))
     teacher = trained_teacher(seed, chain)
-    for steps in (1, 2, 4, 8, 16, 32, 64):
-        rows.append({"study": "steps", "who": "data", "steps": steps, **truth})
-        note("steps", "teacher", steps, plain(teacher, steps))
-    run.event("teacher", **rows[-1])
-    trainer = distilled(seed, chain, teacher, STEPS)
-    discriminator = trainer.discriminator.eval()
-    for steps in (1, 2, 4, 8, 16, 32):
-        note("steps", "student", steps, plain(trainer.ema, steps))
-        if steps >= 4:
-            guided = RGASampler(trainer.ema, discriminator, h=(0.0, 0.0), steps=steps, mask_id=SYMBOLS)
-            note("steps", "student, re-ranked", steps, guided)
-            guided = RGASampler(trainer.ema, discriminator, steps=steps, mask_id=SYMBOLS)
-            note("steps", "student, RGAS", steps, guided)
-    run.event("student", **rows[-1])
+    rows = _compared(seed, "steps", teacher, chain.draw, chain.measured, STEPS)
+    run.event("chain", **rows[-1])
     for name, changed in ABLATIONS.items():
-        short = distilled(seed, chain, teacher, SHORT, **{**changed, "discriminator_first": 50})
-        note("ablation", name, 8, plain(short.ema, 8))
+        short = distilled(seed, teacher, chain.draw, SHORT, **{**changed, "iterations": SHORT})
+        x = AncestralSampler(short.ema, steps=8, mask_id=SYMBOLS).run(
+            SAMPLES, LENGTH, generator=generator(seed, "samples", 8)
+        )
+        rows.append({"study": "ablation", "who": name, "steps": 8, **chain.measured(x)})
     run.event("ablations")
+    rows += _text(seed)
+    run.event("text", **rows[-1])
     return Report(metrics=_metrics(rows), rows=rows)
+
+
+def _text(seed: int) -> list[dict[str, Any]]:
+    """Letters of real prose: the teacher is a transformer."""
+    text = prose()
+
+    def draw(n: int, source: torch.Generator) -> Tensor:
+        return windows(text.train, n, LENGTH, source)
+
+    model = TransformerDenoiser(len(LETTERS), LENGTH, generator=generator(seed, "text teacher"))
+    teacher = trained(model, draw, TEXT_TEACHER_STEPS, TEXT_TEACHER_RATE, generator(seed, "text batches"), TEXT_BATCH)
+    rows = _compared(
+        seed, "text", teacher, draw, text.judge.measured, TEXT_STEPS, batch=TEXT_BATCH, learning_rate=TEXT_RATE
+    )
+    unseen = text.judge.measured(windows(text.held_out, SAMPLES, LENGTH, generator(seed, "held out")))
+    return rows + [{"study": "text", "who": "unseen text", "steps": steps, **unseen} for steps in (1, 64)]
+
+
+def _compared(
+    seed: int,
+    study: str,
+    teacher: Any,
+    draw: Draw,
+    measured: Callable[[Tensor], dict[str, float]],
+    steps: int,
+    **changed: Any,
+) -> list[dict[str, Any]]:
+    """Rows of data, teacher, its student after so many steps of distillation, and the student guided, by steps."""
+    rows: list[dict[str, Any]] = []
+    samples = SAMPLES if study == "steps" else TEXT_SAMPLES
+
+    def note(who: str, taken: int, sampler: AncestralSampler) -> None:
+        x = sampler.run(samples, LENGTH, generator=generator(seed, "samples", taken))
+        rows.append({"study": study, "who": who, "steps": taken, **measured(x)})
+
+    truth = measured(draw(20_000, generator(seed, "truth")))
+    options: dict[str, Any] = {"mask_id": teacher.symbols}
+    rows += [{"study": study, "who": "data", "steps": taken, **truth} for taken in (1, 64)]
+    for taken in (1, 2, 4, 8, 16, 32, 64):
+        note("teacher", taken, AncestralSampler(teacher, steps=taken, **options))
+    trainer = distilled(seed, teacher, draw, steps, **{"iterations": steps, **changed})
+    discriminator = trainer.discriminator.eval()
+    for taken in (1, 2, 4, 8, 16, 32):
+        note("student", taken, AncestralSampler(trainer.ema, steps=taken, **options))
+        if taken in (4, 8, 16):
+            for who, h in (("student, re-ranked", (0.0, 0.0)), ("student, RGAS", (30.0, 40.0))):
+                note(who, taken, RGASampler(trainer.ema, discriminator, h=h, steps=taken, **options))
+    return rows
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -157,7 +206,15 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         return found["steps", who, steps]
 
     student, teacher = of("student", 16), of("teacher", 16)
-    return {
+    text = {
+        "text_nll_minus_teacher_64": found["text", "student", 16]["nll"] - found["text", "teacher", 64]["nll"],
+        "text_bigram_distance_minus_teacher": found["text", "student", 16]["bigram_distance"]
+        - found["text", "teacher", 16]["bigram_distance"],
+        "text_entropy_relative_change": abs(
+            found["text", "student", 16]["entropy"] / found["text", "teacher", 16]["entropy"] - 1.0
+        ),
+    }
+    return text | {
         "nll_minus_teacher_64": student["nll"] - of("teacher", 64)["nll"],
         "nll_minus_teacher_16": student["nll"] - teacher["nll"],
         "nll_minus_teacher_8": of("student", 8)["nll"] - of("teacher", 8)["nll"],
@@ -169,32 +226,37 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def _mean(found: list[Mapping[str, Any]], key: str) -> float:
+    return sum(row[key] for row in found) / len(found)
+
+
+def _curves(axis: Any, rows: list[Mapping[str, Any]], key: str, title: str) -> None:
+    """Means over seeds against steps, a line for each of those compared."""
+    for index, who in enumerate(dict.fromkeys(row["who"] for row in rows)):
+        own = [row for row in rows if row["who"] == who]
+        steps = sorted({row["steps"] for row in own})
+        style: dict[str, Any] = {"marker": "o", "color": f"C{index - 1}"}
+        if who in ("data", "unseen text"):
+            style = {"color": "black", "linestyle": "--" if who == "data" else ":"}
+        axis.plot(steps, [_mean([r for r in own if r["steps"] == n], key) for n in steps], label=who, ms=4, **style)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="steps", title=title)
+    axis.title.set_fontsize(8)
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Likelihood, bigrams and entropy against steps, means over seeds; and the short runs without a part."""
+    """Likelihood, bigrams and entropy against steps, means over seeds; the short runs without a part; and text."""
     from kullback.figures import figure
 
-    def mean(found: list[Mapping[str, Any]], key: str) -> float:
-        return sum(row[key] for row in found) / len(found)
-
     curves = [row for row in rows if row["study"] == "steps"]
-    titles = {
-        "nll": "-log likelihood, true chain (nats a symbol)",
-        "bigram_distance": "total variation of bigrams to the true law",
-        "entropy": "entropy within sequences (nats)",
-    }
-    with figure(path, columns=4, size=(3.7, 3.3)) as axes:
-        for index, who in enumerate(dict.fromkeys(row["who"] for row in curves)):
-            style: dict[str, Any] = {"color": "black", "linestyle": "--"} if who == "data" else {"marker": "o"}
-            style.setdefault("color", f"C{index - 1}")
-            for axis, key in zip(axes, titles):
-                steps = sorted({row["steps"] for row in curves if row["who"] == who})
-                values = [mean([r for r in curves if r["who"] == who and r["steps"] == n], key) for n in steps]
-                axis.plot(steps, values, label=who, markersize=4, **style)
-        for axis, title in zip(axes, titles.values()):
-            axis.set_xscale("log", base=2)
-            axis.set(xlabel="steps", title=title)
-            axis.title.set_fontsize(8)
+    text = [row for row in rows if row["study"] == "text"]
+    with figure(path, columns=5, size=(3.5, 3.3)) as axes:
+        _curves(axes[0], curves, "nll", "-log likelihood, true chain (nats a symbol)")
+        _curves(axes[1], curves, "bigram_distance", "chain: total variation of bigrams to the true law")
+        _curves(axes[2], curves, "entropy", "chain: entropy within sequences (nats)")
+        _curves(axes[4], text, "nll", "text: -log likelihood by 4-grams (nats a letter)")
         axes[1].legend(fontsize=7, frameon=False)
+        axes[4].legend(fontsize=7, frameon=False)
         names = list(dict.fromkeys(row["who"] for row in rows if row["study"] == "ablation"))
         teacher = {row["seed"]: row["nll"] for row in curves if row["who"] == "teacher" and row["steps"] == 8}
         for index, name in enumerate(names):
@@ -204,4 +266,4 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes[3].plot(gains, [index] * len(gains), "k.", markersize=4)
         axes[3].invert_yaxis()
         axes[3].locator_params(axis="x", nbins=4)
-        axes[3].set_title(f"gain at 8 steps after {SHORT} of training (nats)", fontsize=8)
+        axes[3].set_title(f"chain: gain at 8 steps after {SHORT} of training (nats)", fontsize=8)
