@@ -51,14 +51,18 @@ class Server:
 
     @staticmethod
     def choice(model, row, kept, dialect):
-        top = log_probs(model, torch.tensor([row]))[0].topk(kept, -1)
+        law = log_probs(model, torch.tensor([row]))[0]
+        top = law.topk(kept, -1)
         pairs = [list(zip(i.tolist(), v.tolist(), strict=True)) for i, v in zip(top.indices, top.values, strict=True)]
-        if dialect == "prompt_logprobs":
-            said = [{str(i): {"logprob": v} for i, v in entry} for entry in pairs]
-            return {"text": "", "prompt_logprobs": [None, *said[:-1]]}
+        own = law[:-1].gather(-1, torch.tensor(row[1:]).unsqueeze(-1)).squeeze(-1).tolist()
+        if dialect in ("prompt_logprobs", "top alone"):
+            said = [{str(i): {"logprob": v} for i, v in entry} for entry in pairs[:-1]]
+            if dialect == "prompt_logprobs":  # the token that is there, beside the top
+                said = [{**entry, str(i): {"logprob": v}} for entry, i, v in zip(said, row[1:], own, strict=True)]
+            return {"text": "", "prompt_logprobs": [None, *said]}
         if dialect == "echo":
             said = [{f"token_id:{i}": v for i, v in entry} for entry in pairs]
-            return {"text": "", "logprobs": {"top_logprobs": [None, *said]}}
+            return {"text": "", "logprobs": {"top_logprobs": [None, *said], "token_logprobs": [None, *own]}}
         if dialect == "text":
             return {"text": "", "logprobs": {"top_logprobs": [None, *[{"the": -0.1}] * len(pairs)]}}
         return {"text": ""}

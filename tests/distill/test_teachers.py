@@ -1,20 +1,23 @@
 """Teachers out of memory: a cache on disk and a small server, both against the live model."""
 
+import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kullback.core.errors import ConfigError, DataError
 from kullback.core.rng import generator
 from kullback.core.types import TeacherOutput
 from kullback.distill._hf import LiveTeacher
 from kullback.distill.objective import Objective
+from kullback.distill.pld import pld_objective
 from kullback.distill.served import ServedTeacher
 from kullback.distill.teachers import CachedTeacher, is_teacher_cache, teacher_logits, write_teacher_cache
-from kullback.divergences import f_divergence
+from kullback.divergences import f_divergence, kl
 from kullback.models.small import small_llama
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,6 +50,8 @@ def test_a_cache_returns_what_the_live_teacher_said(model, blocks, tmp_path):
     said, expected = teacher(ids, torch.ones_like(ids)), log_probs(model, ids)
     torch.testing.assert_close(said.top_log_probs, expected.gather(-1, said.top_ids), atol=4e-3, rtol=0)
     assert torch.equal(said.top_ids, expected.topk(K, -1).indices)
+    following = expected[:, :-1].gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(said.label_log_probs[:, :-1], following, atol=4e-3, rtol=0)
     mass = said.top_log_probs.exp().sum(-1) + said.tail_log_prob.exp()
     torch.testing.assert_close(mass, torch.ones(3, T), atol=4e-3, rtol=0)
     stored = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
@@ -103,6 +108,42 @@ def test_damage_and_emptiness_are_said(model, blocks, tmp_path):
         CachedTeacher(tmp_path / "cache")
 
 
+def test_a_cache_of_the_first_format_is_read_and_has_no_labels(model, blocks, tmp_path):
+    write(model, blocks, tmp_path / "cache", drawn=2)
+    for path in (tmp_path / "cache").glob("*.safetensors"):
+        save_file({name: x for name, x in load_file(path).items() if name != "label_log_probs"}, path)
+    index = tmp_path / "cache" / "teacher-cache.json"
+    written = json.loads(index.read_text())
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    for version in (2, 1):
+        index.write_text(json.dumps({**written, "format": version}))
+        teacher = CachedTeacher(tmp_path / "cache")
+        assert teacher.has_labels == (version == 2)
+        if version == 2:
+            with pytest.raises(DataError, match="damaged"):
+                teacher(ids, ids)
+    said = teacher(ids, ids)
+    assert said.label_log_probs is None
+    assert math.isfinite(Objective(divergence=kl, cross_entropy=0.2).loss(said, torch.zeros(7, T, V), ids))
+    with pytest.raises(ConfigError, match="how probable the teacher finds the label"):
+        pld_objective().loss(said, torch.zeros(7, T, V), ids)
+    index.write_text(json.dumps({**written, "format": 3}))
+    with pytest.raises(DataError, match="of format 3, and this version reads up to 2"):
+        CachedTeacher(tmp_path / "cache")
+
+
+def test_pld_from_a_cache_is_that_of_the_live_teacher(model, blocks, tmp_path, generator):
+    write(model, blocks, tmp_path / "cache", temperature=2.0)
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    said = CachedTeacher(tmp_path / "cache", temperature=2.0)(ids, torch.ones_like(ids))
+    student = torch.randn(7, T, V, generator=generator)
+    objective = pld_objective(topk=K, temperature=2.0)
+    live = objective.loss(LiveTeacher(model)(ids, torch.ones_like(ids)), student, ids)
+    assert objective.loss(said, student, ids).item() == pytest.approx(live.item(), rel=2e-3)
+    other = pld_objective(topk=K).loss(LiveTeacher(model)(ids, torch.ones_like(ids)), student, ids)
+    assert abs(other - live) > 0.05 * live, "another temperature is seen"
+
+
 def test_a_cache_that_fails_half_way_leaves_nothing(model, blocks, tmp_path):
     def fails(ids):
         raise DataError("the teacher went away")
@@ -132,8 +173,21 @@ def test_a_served_teacher_says_what_the_live_one_says(model, blocks, server, dia
     expected = log_probs(model, ids)[:, :-1]
     torch.testing.assert_close(said.top_log_probs[:, :-1], expected.topk(K, -1).values, atol=1e-5, rtol=0)
     assert torch.equal(said.top_ids[:, :-1], expected.topk(K, -1).indices)
+    following = expected.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(said.label_log_probs[:, :-1], following, atol=1e-5, rtol=0)
     rest = (1 - expected.topk(K, -1).values.exp().sum(-1)).log()
     torch.testing.assert_close(said.tail_log_prob[:, :-1], rest, atol=1e-4, rtol=0)
+
+
+def test_a_server_that_gives_its_top_alone_has_no_labels(model, blocks, server):
+    ids = torch.stack([block["input_ids"] for block in blocks[:3]])
+    teacher = ServedTeacher(server("top alone").url, vocabulary=V, kept=K)
+    assert not teacher.has_labels
+    assert ServedTeacher(server("echo").url, vocabulary=V, kept=K).has_labels
+    said = teacher(ids, torch.ones_like(ids))
+    assert said.label_log_probs is None
+    with pytest.raises(ConfigError, match="how probable the teacher finds the label"):
+        pld_objective().loss(said, torch.zeros(3, T, V), ids)
 
 
 def test_a_busy_server_is_asked_again(model, blocks, server):

@@ -162,9 +162,9 @@ def test_what_an_objective_cannot_do_is_said_before_the_run(config, tmp_path):
     teacher_cache.run(settings, tmp_path / "cache")
     cached = replace(config, teacher=str(tmp_path / "cache"))
     for bad, message in (
-        (with_objective(cached, name="pld"), "pld compares whole distributions, and a cache or a server"),
         (with_objective(cached, name="sinkd"), "sinkd compares whole distributions"),
-        (with_objective(replace(config, teacher="http://localhost:1"), name="pld"), "pld compares whole distributions"),
+        (with_objective(cached, name="pld", options={"topk": 21}), "topk is 21 and the teacher gives 20 tokens"),
+        (with_objective(cached, name="pld", temperature=2.0), "written at temperature 1.0"),
         (with_objective(config, name="pld", on_policy=0.5, prompt=4), "no labels but the student's own samples"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -25,7 +25,7 @@ from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.reduce import masked_mean
 from kullback.core.types import TeacherOutput
 from kullback.distill.objective import Objective
-from kullback.divergences import kl
+from kullback.divergences import f_divergence
 from kullback.divergences.plackett_luce import (
     Ranking,
     RankWeights,
@@ -158,4 +158,6 @@ def pld_objective(
     one = torch.zeros(1, 1)
     loss(one, one, torch.tensor([0]))  # what is wrong with the options is said before a run begins
     truncated = partial(truncated_pld_loss, weights=weights, topk=topk)
-    return Objective(divergence=kl, row_term=loss, truncated_row_term=truncated, cross_entropy=cross_entropy)
+    return Objective(
+        divergence=f_divergence("kl"), row_term=loss, truncated_row_term=truncated, cross_entropy=cross_entropy
+    )

@@ -34,18 +34,29 @@ class ServedTeacher:
         self.server = CompletionServer(url, model=model, timeout=timeout, retries=retries)
         self.url, self.vocabulary, self.kept = self.server.url, vocabulary, kept
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the server says how probable a prompt's tokens are beside its top K; it is asked about two tokens."""
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        return self(ids, torch.ones_like(ids)).label_log_probs is not None
+
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:
-        """top_ids and top_log_probs [B, T, K] and tail_log_prob [B, T]; position t is about token t + 1."""
+        """top_ids and top_log_probs [B, T, K], tail_log_prob and, where the server says it of every token,
+        label_log_probs [B, T]; position t is about token t + 1.
+        """
         body = {
             "prompt": ids.tolist(), "max_tokens": 1, "echo": True, "temperature": 1.0,
             "logprobs": self.kept, "prompt_logprobs": self.kept, "return_tokens_as_token_ids": True,
         }  # fmt: skip
         choices = self.server.completions(body, prompts=len(ids))
         rows = [self._row(choice, ids.shape[1]) for choice in choices]
+        labels = [_labels(choice, row) for choice, row in zip(choices, ids.tolist(), strict=True)]
         top_ids = torch.tensor([row[0] for row in rows], device=ids.device)
         top = torch.tensor([row[1] for row in rows], device=ids.device)
         rest = -torch.expm1(top.double().logsumexp(-1).clamp(max=0.0))
-        return TeacherOutput(top_ids=top_ids, top_log_probs=top, tail_log_prob=rest.clamp(min=1e-9).log().float())
+        out = TeacherOutput(top_ids=top_ids, top_log_probs=top, tail_log_prob=rest.clamp(min=1e-9).log().float())
+        known = [row for row in labels if row is not None]
+        return out._replace(label_log_probs=torch.tensor(known, device=ids.device)) if len(known) == len(rows) else out
 
     def _row(self, choice: Mapping[str, Any], length: int) -> tuple[list[list[int]], list[list[float]]]:
         said = _distributions(choice)
@@ -63,6 +74,18 @@ class ServedTeacher:
             log_probs.append([max(value, -1e4) for _, value in ranked])
         # What follows the last token is never compared with a label.
         return [*ids, ids[-1]], [*log_probs, log_probs[-1]]
+
+
+def _labels(choice: Mapping[str, Any], ids: list[int]) -> list[float] | None:
+    """The log-probability of each next token, which servers give of a prompt beside their top K; None where not."""
+    echoed = (choice.get("logprobs") or {}).get("token_logprobs")
+    if echoed is None:
+        said = _distributions(choice) or []
+        echoed = [entry.get(token) for entry, token in zip(said, ids)]
+    found = [value for value in echoed[1 : len(ids)] if value is not None]
+    if len(found) != len(ids) - 1:
+        return None
+    return [max(float(value), -1e4) for value in (*found, found[-1])]  # nothing follows the last token
 
 
 def _distributions(choice: Mapping[str, Any]) -> list[dict[int, float]] | None:

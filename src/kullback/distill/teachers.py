@@ -139,6 +139,8 @@ class CachedTeacher:
         if not 1 <= version <= _FORMAT:
             raise DataError(f"{folder} is a teacher cache of format {version}, and this version reads up to {_FORMAT}")
         self.has_labels = version >= 2
+        self._tensors = {"ids", "log_probs", "tail"} | ({"label_log_probs"} if self.has_labels else set())
+        self._tensors |= {"drawn_ids", "drawn_log_probs"} if self.summary.drawn else set()
         if temperature != self.summary.temperature:
             raise ConfigError(
                 f"the cache was written at temperature {self.summary.temperature} and the objective asks for "
@@ -146,6 +148,11 @@ class CachedTeacher:
             )
         self.folder, self.vocabulary = folder, self.summary.vocabulary
         self._files: dict[int, Any] = {}
+
+    @property
+    def kept(self) -> int:
+        """Tokens kept at each position."""
+        return self.summary.kept
 
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:
         """The stored distributions for ids [B, T]: the K tokens kept, the mass of the rest, the M drawn from it, and
@@ -181,6 +188,8 @@ class CachedTeacher:
                 ) from error
         file = self._files[shard]
         found = {name: file.get_slice(name)[offset] for name in file.keys()}  # noqa: SIM118 - it has no iterator
+        if self._tensors - found.keys():
+            raise DataError(f"shard {shard} of the teacher cache {self.folder} is damaged: write it again")
         return {name: x.view(torch.uint16).int() if x.dtype == torch.int16 else x for name, x in found.items()}
 
 

@@ -14,6 +14,8 @@ from kullback.core.runs import Run
 from kullback.distill._hf import DistillTrainer, LiveTeacher, common_vocabulary
 from kullback.distill.measure import measure
 from kullback.distill.objective import Objective
+from kullback.distill.served import ServedTeacher
+from kullback.distill.teachers import CachedTeacher
 from kullback.jobs._checkpoints import RunCheckpoints
 from kullback.jobs._distill_report import write_report
 from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer
@@ -162,23 +164,44 @@ class Distillation:
         return str(folder), load_tokenizer(folder, role="teacher")
 
     def _teacher(self) -> tuple[Any, int]:
-        from kullback.distill.served import ServedTeacher
-        from kullback.distill.teachers import CachedTeacher, is_teacher_cache
+        from kullback.distill.teachers import is_teacher_cache
 
         name = self.teacher_folder
         served = name.startswith(("http://", "https://"))
         if served or is_teacher_cache(name):
             _check_truncated(self.config.objective, served=served)
         if served:
-            return ServedTeacher(name, vocabulary=len(self.tokenizer)), len(self.tokenizer)
+            server = ServedTeacher(name, vocabulary=len(self.tokenizer))
+            self._check_ranking(server)
+            return server, len(self.tokenizer)
         if is_teacher_cache(name):
             cached = CachedTeacher(Path(name), temperature=self.config.objective.temperature)
+            self._check_ranking(cached)
             check_same_tokenizer(load_tokenizer(Path(name) / "tokenizer", role="teacher cache"), self.tokenizer)
             return cached, cached.vocabulary
         model = load_model(name, role="teacher")
         if self.config.teacher:
             check_same_tokenizer(load_tokenizer(name, role="teacher"), self.tokenizer)
         return LiveTeacher(model), model.get_output_embeddings().weight.shape[0]
+
+    def _check_ranking(self, teacher: CachedTeacher | ServedTeacher) -> None:
+        """Raise ConfigError where a truncated teacher does not say what a loss of rankings asks of it."""
+        objective = objective_of(self.config.objective)
+        if not objective.needs_labels:
+            return
+        name, picks = self.config.objective.name, self.config.objective.options.get("topk")
+        if not teacher.has_labels:
+            raise ConfigError(
+                f"{name} asks how probable the teacher finds the next token, kept or not, and neither caches of the "
+                "first format nor this kind of server say so: write the cache again with teacher-cache"
+            )
+        if picks is not None and float(picks) > teacher.kept:
+            raise ConfigError(
+                f"objective.options.topk is {picks} and the teacher gives {teacher.kept} tokens at each position: "
+                "lower it, or write a cache that keeps more"
+            )
+        picked = f"rankings have at most {teacher.kept} picks, as many tokens as the teacher gives"
+        self.listen({"kind": "note", "text": picked})
 
     def _check_student(self) -> int:
         tokens: int = self.student(self.config.seeds[0]).get_output_embeddings().weight.shape[0]

@@ -22,7 +22,7 @@ _SHARED = ("cross_entropy", "temperature", "squared_temperature")  # what an obj
 
 __all__ = [
     "DistillConfig", "LoraSettings", "ObjectiveConfig", "TextConfig",
-    "baseline_of", "check", "embedded", "objective_of", "plan", "resume", "run",
+    "baseline_of", "check", "embedded", "objective_names", "objective_of", "plan", "resume", "run",
 ]  # fmt: skip
 
 
@@ -43,8 +43,7 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """What is minimised: `name`, a divergence of the family, "sinkd", "pld" or "bd-kd", with its options, mixed with
-    cross-entropy.
+    """What is minimised: `name`, one of `objective_names()`, with its options, mixed with cross-entropy.
 
     cross_entropy: its share; left out, it is 0.2, and 0 for pld, which holds the label already. temperature: of both
     models' distributions, and for pld of the teacher's weights. on_policy: the share of steps on the student's own
@@ -129,6 +128,7 @@ def objective_of(config: ObjectiveConfig) -> Objective:
     builder = _builders().get(name)
     if builder is not None:
         return builder(**_keywords(name, builder, config))
+    _check_name(name)
     divergence = f_divergence if name in F_NAMES else named
     return Objective(
         divergence=divergence(name, **config.options),
@@ -136,6 +136,34 @@ def objective_of(config: ObjectiveConfig) -> Objective:
         temperature=config.temperature,
         squared_temperature=config.squared_temperature,
     )
+
+
+def objective_names() -> tuple[str, ...]:
+    """Every name that ObjectiveConfig knows: the divergences, and the losses that are more than one."""
+    from kullback.divergences import NAMES
+
+    return tuple(sorted({*NAMES, *_builders()}))
+
+
+_ELSEWHERE = {  # losses of the room that are not of a teacher's and a student's logits: what they are, and where
+    "mcmi": "fine-tunes a teacher, before it is distilled: kullback.distill.MCMITeacherTrainer, and then kl here",
+    "mdcs": "makes several experts of one classifier differ, without a teacher: kullback.distill.MDCSTrainer",
+    "cs_ib": "trains a regressor from its inputs and representation: kullback.distill.CSIBRegressor",
+    "didi": "distils a diffusion model into few steps: kullback.distill.DiDiTrainer",
+}
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError for what is no objective, with the place of a method of the room that is something else."""
+    from difflib import get_close_matches
+
+    names = objective_names()
+    if name in _ELSEWHERE:
+        raise ConfigError(f"{name} {_ELSEWHERE[name]}")
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(names)}"
+        raise ConfigError(f"no objective is called {name!r}: {hint}")
 
 
 def _builders() -> dict[str, Callable[..., Objective]]:
@@ -223,8 +251,8 @@ def _check_objective(config: DistillConfig) -> None:
     truncated = teacher.startswith(("http://", "https://")) or (teacher != "" and is_teacher_cache(teacher))
     if truncated and objective.needs_whole_teacher:
         raise ConfigError(
-            f"{name} compares whole distributions, and a cache or a server has the likeliest tokens alone, the label "
-            "not always among them: name the teacher's model directory as the teacher"
+            f"{name} compares whole distributions, and a cache or a server has the likeliest tokens alone: name the "
+            "teacher's model directory as the teacher"
         )
     if config.objective.on_policy:
         objective.on_own_samples()
