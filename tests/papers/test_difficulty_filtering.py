@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from kullback.core.runs import Run
+from kullback.data.arithmetic import sum_examples
+from kullback.models.adder import trained_adder
+from kullback.papers.difficulty_filtering import language_model
 from kullback.papers.difficulty_filtering import reproduce as study
 
 
@@ -63,20 +66,40 @@ def test_rows_are_thinned_and_batches_summed():
     assert [row["solved"][8] for row in found] == [5, 5, 2]
 
 
+def curve(rates, each=16):
+    return [{"update": 10 * at, "pass_rate": rate, "drawn": 10 * at * each} for at, rate in enumerate(rates)]
+
+
+def test_metrics_of_the_model_are_taken_between_measurements():
+    found = {"plain": curve([0.2, 0.4, 0.5]), "balanced": curve([0.2, 0.6, 0.8], 32), "nonzero": curve([0.2, 0.3, 0.4])}
+    got = language_model.model_metrics(found)
+    assert got["model_balanced_updates_ratio"] == pytest.approx(7.5 / 20)
+    assert got["model_balanced_drawn_ratio"] == pytest.approx(2 * 7.5 / 20)
+    assert got["model_balanced_gain"] == pytest.approx(0.3)
+    assert got["model_nonzero_updates_ratio"] == float("inf")
+
+
 def test_a_short_seed_and_its_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "UPDATES", 6)
+    monkeypatch.setattr(language_model, "UPDATES", 2)
+    monkeypatch.setattr(language_model, "EVERY", 1)
+    monkeypatch.setattr(language_model, "SAMPLES", 2)
+    monkeypatch.setattr(language_model, "trained_adder", lambda: trained_adder(limit=4, hidden=32, layers=1, steps=40))
+    monkeypatch.setattr(language_model, "sum_examples", lambda: sum_examples(4))
+    monkeypatch.setenv("KULLBACK_CACHE", str(tmp_path / "cache"))
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
     card = tomllib.loads(resources.files("kullback.papers.difficulty_filtering").joinpath("card.toml").read_text())
     assert {claim["metric"] for claim in card["claims"]} <= set(report.metrics)
     assert report.metrics["plain_drawn"] == 6 * study.BATCH
     for row in report.rows:
-        if row["mode"].startswith("balanced"):
+        if row["mode"].startswith("balanced") and "model" not in row:
             assert sum(row["solved"]) == sum(row["solved"][2:7]), "two to six of eight are right in what is trained on"
     study.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
     assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
 
 
 @pytest.mark.reproduce
+@pytest.mark.slow
 def test_one_seed_against_the_card(tmp_path):
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=1))
     assert report.metrics["updates_ratio"] <= 0.8

@@ -3,6 +3,7 @@
 Each of a prompt's 12 answers has 24 features, and the right one scores highest under a hidden linear rule; an offset of
 the prompt's own on its logit, normal with deviation 8, makes most prompts solved always or never at first. One linear
 policy learns from 0/1 rewards by GRPO, on batches as they come or filtered. The pass rate on test prompts is exact.
+A second panel is in `language_model`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from kullback.align.policy_gradient import clipped_policy_loss, grouped_advantag
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
+from kullback.papers.difficulty_filtering.language_model import MODES as MODEL_MODES
+from kullback.papers.difficulty_filtering.language_model import model_curves, model_metrics
 
 __all__ = ["draw", "reproduce"]
 
@@ -136,7 +139,10 @@ def reproduce(run: Run) -> Report:
     for mode in MODES:
         found[mode] = train(given, mode, run.seed)
         run.event("trained", mode=mode, pass_rate=found[mode][-1]["pass_rate"], drawn=found[mode][-1]["drawn"])
-    return Report(metrics=metrics(found), rows=[row for rows in found.values() for row in thinned(rows)])
+    rows = [row for rows in found.values() for row in thinned(rows)]
+    curves = model_curves(run)
+    rows += [row for some in curves.values() for row in some]
+    return Report(metrics=metrics(found) | model_metrics(curves), rows=rows)
 
 
 def thinned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -172,34 +178,43 @@ def metrics(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Test pass rate by updates and by prompts drawn, pass rates in batches, and the divergence beside its bound."""
+    """Pass rate by updates and by prompts drawn, of the policy and of the model, rates in batches, and the bound."""
     from kullback.figures import figure
 
-    with figure(path, columns=4, size=(3.3, 3.0)) as axes:
+    small = [row for row in rows if not row.get("model")]
+    with figure(path, columns=5, size=(3.2, 3.0)) as axes:
         for number, mode in enumerate(MODES):
-            updates: dict[int, list[Mapping[str, Any]]] = {}
-            for row in rows:
-                if row["mode"] == mode:
-                    updates.setdefault(row["update"], []).append(row)
-            means = {
-                key: [sum(row[key] for row in some) / len(some) for some in updates.values()]
-                for key in ("pass_rate", "drawn")
-            }
-            axes[0].plot(list(updates), means["pass_rate"], color=f"C{number}")
+            updates, means = averaged(small, mode)
+            axes[0].plot(updates, means["pass_rate"], color=f"C{number}")
             axes[1].plot(means["drawn"], means["pass_rate"], color=f"C{number}", label=mode)
             if mode in ("plain", "balanced"):
-                late = [row["solved"] for row in rows if row["mode"] == mode]
+                late = [row["solved"] for row in small if row["mode"] == mode]
                 counts = [sum(solved[k] for solved in late) for k in range(GROUP + 1)]
                 places = [k + 0.4 * (mode == "balanced") - 0.2 for k in range(GROUP + 1)]
                 axes[2].bar(places, [c / sum(counts) for c in counts], width=0.4, color=f"C{number}", label=mode)
-        axes[0].set(xlabel="updates", ylabel="exact pass rate, test prompts")
+        for mode in MODEL_MODES:
+            updates, means = averaged([row for row in rows if row.get("model")], mode)
+            axes[3].plot(updates, means["pass_rate"], color=f"C{MODES.index(mode)}", label=mode)
+        axes[0].set(xlabel="updates", ylabel="exact pass rate, test prompts", title="linear policy")
         axes[1].legend(frameon=False, fontsize=7, loc="upper left")
-        axes[1].set(xlabel="prompts rolled out", xscale="log")
-        axes[2].set(xlabel=f"right answers of {GROUP}", ylabel="share of the groups trained on")
+        axes[1].set(xlabel="prompts rolled out", xscale="log", title="linear policy")
+        axes[2].set(xlabel=f"right answers of {GROUP}", ylabel="share of the groups trained on", title="linear policy")
         axes[2].legend(frameon=False, fontsize=7)
-        grid = torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
-        axes[3].plot(grid, kl_to_optimum(grid, 1 / TILT), label="KL(pi_0||pi*), exact")
-        axes[3].plot(grid, variance_bound(grid, 1 / TILT), "--", label="p (1 - p) / 2 beta²")
-        axes[3].axvline(best_pass_rate(1 / TILT), color="0.7", linewidth=0.8)
-        axes[3].set(xlabel="pass rate p", ylabel="nats", title=f"beta = {1 / TILT:g}")
+        axes[3].set(xlabel="updates", ylabel="pass rate, all sums", title="language model")
         axes[3].legend(frameon=False, fontsize=7)
+        grid = torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
+        axes[4].plot(grid, kl_to_optimum(grid, 1 / TILT), label="KL(pi_0||pi*), exact")
+        axes[4].plot(grid, variance_bound(grid, 1 / TILT), "--", label="p (1 - p) / 2 beta²")
+        axes[4].axvline(best_pass_rate(1 / TILT), color="0.7", linewidth=0.8)
+        axes[4].set(xlabel="pass rate p", ylabel="nats", title=f"beta = {1 / TILT:g}")
+        axes[4].legend(frameon=False, fontsize=7)
+
+
+def averaged(rows: Sequence[Mapping[str, Any]], mode: str) -> tuple[list[int], dict[str, list[float]]]:
+    """The updates of a mode, and means over seeds of the pass rate and of the prompts drawn."""
+    updates: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["mode"] == mode:
+            updates.setdefault(row["update"], []).append(row)
+    names = ("pass_rate", "drawn")
+    return list(updates), {n: [sum(row[n] for row in some) / len(some) for some in updates.values()] for n in names}
