@@ -1,9 +1,15 @@
 """Commands in processes of their own: one, or two under accelerate."""
 
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+
+import torch
+from safetensors.torch import load_file
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
 
@@ -29,3 +35,27 @@ def launched(*words, processes=1):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def killed(job, config, out, part):
+    """Start `kullback <job>` and kill it some time after its first checkpoint: at some step, or inside of one."""
+    child = subprocess.Popen(
+        command(job, "--config", config, "--out", out),
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((out / "parts" / part / "ckpt").glob("step-*")):
+        assert child.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.3))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (out / "report.json").exists()
+
+
+def assert_same_bits(expected, found):
+    """The models of two run directories are the same, bit by bit."""
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (expected, found))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

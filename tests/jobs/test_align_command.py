@@ -1,18 +1,11 @@
 """`kullback align` as it is typed, killed, and run by two processes."""
 
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from kullback import cli
 from kullback.core.config import to_toml
@@ -20,7 +13,7 @@ from kullback.jobs import align as job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _adding import align_config, make_adder, with_training
-from _launch import ENVIRONMENT, command, launched
+from _launch import assert_same_bits, killed, launched
 
 FEW = ["--set", "training.steps=2", "--set", "training.batch=4", "--set", "data.length=4", "--set", "data.holdout=0.2"]
 
@@ -88,23 +81,9 @@ def test_sigkill_at_any_step_then_resume_gives_the_same_bits(adder, tmp_path):
     config = with_training(align_config(adder, options={"beta": 0.1}), steps=30)
     (tmp_path / "job.toml").write_text(to_toml(config))
     straight = job.run(config, tmp_path / "straight").path
-    child = subprocess.Popen(
-        command("align", "--config", tmp_path / "job.toml", "--out", tmp_path / "killed"),
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    checkpoints = tmp_path / "killed" / "parts" / "aligned-0" / "ckpt"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")):
-        assert child.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.3))  # at some step, or inside of one
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "killed" / "report.json").exists()
+    killed("align", tmp_path / "job.toml", tmp_path / "killed", "aligned-0")
     launched("align", "--resume", tmp_path / "killed")
-    expected, found = (load_file(path / "model" / "model.safetensors") for path in (straight, tmp_path / "killed"))
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert_same_bits(straight, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

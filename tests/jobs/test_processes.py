@@ -1,12 +1,8 @@
 """The main job in processes of its own: two at once, and one that is killed."""
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +14,7 @@ from kullback.core.config import to_toml
 from kullback.jobs import distill as job
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _launch import ENVIRONMENT, command, free_port, launched
+from _launch import ENVIRONMENT, assert_same_bits, free_port, killed, launched
 
 
 def run(*words, processes=1):
@@ -79,21 +75,6 @@ def test_sigkill_at_any_step_then_resume_gives_the_same_bits(config, tmp_path):
     config = replace(config, training=replace(config.training, steps=12))
     (tmp_path / "job.toml").write_text(to_toml(config))
     run("--config", tmp_path / "job.toml", "--out", tmp_path / "straight")
-    child = subprocess.Popen(
-        command("distill", "--config", tmp_path / "job.toml", "--out", tmp_path / "killed"),
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    checkpoints = tmp_path / "killed" / "parts" / "distilled-0" / "ckpt"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*")):
-        assert child.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    time.sleep(random.Random(os.getpid()).uniform(0.0, 0.3))  # at some step, or inside of one
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "killed" / "report.json").exists()
+    killed("distill", tmp_path / "job.toml", tmp_path / "killed", "distilled-0")
     run("--resume", tmp_path / "killed")
-    expected = load_file(tmp_path / "straight" / "model" / "model.safetensors")
-    found = load_file(tmp_path / "killed" / "model" / "model.safetensors")
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert_same_bits(tmp_path / "straight", tmp_path / "killed")
