@@ -14,6 +14,7 @@ from kullback.align.f_dpg import (
     quasi_rejection,
     target_divergence,
 )
+from kullback.align.proposals import ProposalContest
 from kullback.align.targets import fit_multipliers
 from kullback.align.worlds import RecurrentPolicy, World, draw_sequences
 from kullback.core.errors import ConfigError, DataError, ShapeError
@@ -280,3 +281,49 @@ def test_bad_input():
         RunningBaseline(0)
     with pytest.raises(ConfigError, match="bound"):
         quasi_rejection(good, good, log_bound=math.inf, generator=generator(0))
+
+
+def test_the_contest_of_proposals_estimates_both_divergences_and_renews_for_the_nearer():
+    """From samples of the uniform proposal; listed wrong: the policy's divergence without the weight pi / q."""
+    log_policy, log_p = THETA.log_softmax(0), LOG_P.log_softmax(0)
+    uniform = torch.full((5,), 0.2, dtype=torch.float64).log()
+    places = torch.arange(5).repeat_interleave(100)  # each as often as the proposal draws it
+    given = (LOG_P[places], log_policy[places], uniform[places], LOG_P.logsumexp(0).expand(500))
+    for name in ("kl", "js", "total_variation"):
+        contest = ProposalContest(divergence=target_divergence(name), every=4)
+        for _ in range(2):
+            contest.update(*given)
+        exact = [target_divergence(name)(log_p, q).item() for q in (log_policy, uniform)]
+        assert contest.values == pytest.approx(exact, abs=1e-12)
+        again = ProposalContest(divergence=target_divergence(name), every=4)
+        again.load_state_dict(contest.state_dict())
+        assert not contest.decide(3)
+        assert contest.decide(4) == again.decide(4) == (exact[0] < exact[1])
+        assert not contest.decide(8), "nothing has come since"
+        unweighted = target_divergence(name).penalty(log_policy - log_p, samples_from="model")[places].mean().item()
+        assert unweighted != pytest.approx(exact[0], abs=1e-3)
+    nearer = ProposalContest()
+    nearer.update(LOG_P[places], log_p[places], uniform[places], LOG_P.logsumexp(0).expand(500))
+    assert nearer.values[0] == pytest.approx(0.0, abs=1e-12)
+    assert nearer.decide(16)
+    with pytest.raises(ConfigError, match="every"):
+        ProposalContest(every=0)
+
+
+def test_a_defended_proposal_is_the_mixture_that_was_sampled():
+    reference, log_policy = torch.tensor([0.7, 0.2, 0.1]).double().log(), torch.tensor([0.1, 0.3, 0.6]).double().log()
+    method = FDpg(defence=0.25, baseline="none", beta=0.5)
+    places = torch.arange(3).repeat(4)
+    columns = {"policy_log_prob": log_policy, "old_log_prob": log_policy, "reference_log_prob": reference}
+    batch = {name: law[places].unsqueeze(1) for name, law in columns.items()} | {
+        "completion_mask": torch.ones(12, 1, dtype=torch.bool), "rewards": torch.zeros(12).double(),
+        "prompt_index": torch.zeros(12, dtype=torch.long),
+    }  # fmt: skip
+    assert (method.opponents(4), method.opponents(12)) == (1, 3)
+    found = method.prepare(batch, group=12, generator=generator(0))["log_proposal"]
+    exact = (0.75 * log_policy.exp() + 0.25 * reference.exp()).log()
+    torch.testing.assert_close(found, exact[places])
+    with pytest.raises(ConfigError, match="defence"):
+        FDpg(defence=1.0)
+    with pytest.raises(ConfigError, match="proposal"):
+        FDpg(proposal="best")

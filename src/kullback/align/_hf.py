@@ -205,9 +205,9 @@ class AlignTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.uses == 1 or self.rollouts is None:
             return super()._get_train_sampler(train_dataset)
-        prompts = len(self.train_dataset if train_dataset is None else train_dataset)
+        prompts: Any = self.train_dataset if train_dataset is None else train_dataset
         a_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return RepeatedPrompts(prompts, a_step=a_step, repeats=self.uses, seed=self.stream)
+        return RepeatedPrompts(len(prompts), a_step=a_step, repeats=self.uses, seed=self.stream)
 
     def extra_state(self) -> dict[str, Any]:
         """What the method remembers, the copies of weights and the critic, for a checkpoint."""

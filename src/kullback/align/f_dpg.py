@@ -3,7 +3,8 @@ r"""f-DPG: a policy brought to an unnormalised target P by any f-divergence, as 
     p = P / Z,   t(x) = pi(x) / p(x),   R(x) = -f'(t(x)),   grad D(p, pi) = -E_{x~q} [(pi/q)(x) R(x) grad log pi(x)]
 
 q is what samples: the policy itself (online), or the best of its past (offline, `proposals.ProposalContest`). Z is the
-running mean of P/q, one for each context in the conditional case. The table gives D(p, pi) in kullback's order, the target first.
+running mean of P/q, one for each context in the conditional case. The table gives D(p, pi) in kullback's order, the
+target first.
 
 | in the paper      | here                  | R up to a constant          |
 |-------------------|-----------------------|-----------------------------|

@@ -2,18 +2,30 @@ r"""Nash learning of a policy that can only be sampled: each proximal step is fo
 
     g = E_{y~pi, y'~mu} [(P(y > y') - 1/2 - b log(pi/ref)(y) - (b/eta) log(pi/nu)(y)) grad log pi(y)]
 
-with mu the opponent and nu the anchor. In one loop: mu is the policy itself and nu a moving average of its weights, so
-that about 1 / (1 - decay) steps of gradient stand for one proximal step: the one-loop form of Nash mirror prox and of
-the proximal point method alike. Completions of one prompt are each other's
-opponents: P(y > y') serves both.
+with mu the opponent and nu the anchor.
+
+| mode      | opponent mu                        | anchor nu                                                   |
+|-----------|------------------------------------|-------------------------------------------------------------|
+| nash-mp   | the policy itself                  | a moving average of its weights: in one loop, about         |
+|           |                                    | 1 / (1 - decay) steps of gradient stand for a proximal step |
+| nash-prox | the policy itself                  | a copy of its weights, renewed every `inner` steps          |
+| nash-md   | geometric mixture with ref, token  | none                                                        |
+|           | by token, exponent `mixture`       |                                                             |
+| nash-ema  | a moving average of its weights    | none                                                        |
+| self-play | the policy itself                  | none                                                        |
+| ipo       | the policy itself                  | none: Online IPO's squared loss of pairs, no policy gradient|
+
+Against the policy itself, completions of one prompt are each other's opponents: P(y > y') serves both. nash-md and
+nash-ema give half of each prompt's completions to the opponent, and end where pi = ref exp(P(. > mu) / b) / Z.
 
 Shapes: P prompts, G completions of each; sequence log-probabilities [P, G], nats; preferences [P, G], each
-completion's mean chance to be preferred to the others. Sources: arXiv 2505.19731; Online IPO 2403.08635.
+completion's mean chance to be preferred to the others. Sources: arXiv 2505.19731 (both versions); Online IPO
+2403.08635; Nash-MD and Nash-EMA 2312.00886.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +46,7 @@ __all__ = [
     "win_rates",
 ]
 
+_MODES = ("nash-mp", "nash-prox", "nash-md", "nash-ema", "self-play", "ipo")
 Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
 
 
@@ -65,42 +78,61 @@ def judged(judge: Judge, *, both_orders: bool = True) -> Callable[..., Tensor]:
     """A reward function from a pairwise judge: each completion's mean chance against the others of the same prompt.
 
     judge(prompts, firsts, seconds) gives the chances that the first is preferred. It is asked once for all pairs of
-    the batch, in both orders where `both_orders`, and averaged, so that minding the order does no harm; a completion
-    that is alone or equal to another ties with it without being asked.
+    the batch, each once, in both orders where `both_orders`, and averaged, so that minding the order does no harm; a
+    completion that is alone or equal to another ties with it without being asked. Where some are an opponent's, as the
+    column `opponent` tells, the others are compared with those alone.
 
     >>> longer = judged(lambda prompts, a, b: [float(len(x) > len(y)) for x, y in zip(a, b)])
     >>> longer(["p"] * 3, ["long one", "mid", "s"])
     tensor([1.0000, 0.5000, 0.0000])
     """
 
-    def reward(prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+    def reward(prompts: Sequence[str], completions: Sequence[str], opponent: Sequence[bool] = ()) -> Tensor:
+        sides = torch.tensor(opponent) if opponent else torch.arange(len(completions))  # each on a side of its own
         groups: dict[str, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(place)
-        pairs = [
-            (i, j) for rows in groups.values() for i in rows for j in rows if i < j and completions[i] != completions[j]
-        ]
-        asked = pairs + [(j, i) for i, j in pairs] if both_orders else pairs
-        found = torch.zeros(0)
-        if asked:
-            firsts, seconds = ([completions[pair[side]] for pair in asked] for side in (0, 1))
-            found = torch.as_tensor(judge([prompts[i] for i, _ in asked], firsts, seconds), dtype=torch.float32)
-            if found.shape != (len(asked),) or not ((found >= 0) & (found <= 1)).all():
-                raise DataError(f"a judge gives a chance in [0, 1] for each of {len(asked)} pairs, got {found[:4]}")
-        if both_orders:
-            ahead, behind = found[: len(pairs)], found[len(pairs) :]
-            found = 0.5 * (ahead + 1.0 - behind)
-        sums = torch.zeros(len(completions))
-        for rows in groups.values():
-            for i in rows:
-                sums[i] += 0.5 * sum(j != i and completions[i] == completions[j] for j in rows)
-        for (i, j), chance in zip(pairs, found.tolist(), strict=True):
-            sums[i] += chance
-            sums[j] += 1.0 - chance
-        sizes = torch.tensor([len(groups[prompt]) - 1 for prompt in prompts])
-        return torch.where(sizes > 0, sums / sizes.clamp(min=1), 0.5)
+        met: dict[str, tuple[list[str], Tensor, Tensor]] = {}  # texts [U], which is each row's [R], rivals [R, U]
+        asked: list[tuple[str, int, int]] = []
+        for prompt, rows in groups.items():
+            texts = list(dict.fromkeys(completions[i] for i in rows))
+            which = torch.tensor([texts.index(completions[i]) for i in rows])
+            taken = torch.nn.functional.one_hot(which, len(texts)).float()
+            rivals = (sides[rows].unsqueeze(1) != sides[rows]).float() @ taken
+            meet = taken.mT @ rivals > 0
+            met[prompt] = (texts, which, rivals)
+            asked += [(prompt, a, b) for a, b in (meet | meet.mT).triu(1).nonzero().tolist()]
+        chances = _asked(judge, asked, {prompt: texts for prompt, (texts, _, _) in met.items()}, both_orders)
+        rates = torch.full((len(completions),), 0.5)
+        for prompt, (texts, which, rivals) in met.items():
+            table = torch.full((len(texts), len(texts)), 0.5)
+            for (_, a, b), chance in chances.get(prompt, []):
+                table[a, b], table[b, a] = chance, 1.0 - chance
+            size = rivals.sum(1)
+            rate = (table[which] * rivals).sum(1) / size.clamp(min=1.0)
+            rates[groups[prompt]] = torch.where(size > 0, rate, 0.5)
+        return rates
 
     return reward
+
+
+def _asked(
+    judge: Judge, pairs: Sequence[tuple[str, int, int]], texts: Mapping[str, Sequence[str]], both_orders: bool
+) -> dict[str, list[tuple[tuple[str, int, int], float]]]:
+    """What the judge says of pairs (prompt, number of a text, of another), by prompt; DataError for no chance."""
+    orders = [*pairs, *((prompt, b, a) for prompt, a, b in pairs)] if both_orders else list(pairs)
+    if not orders:
+        return {}
+    firsts, seconds = [texts[p][a] for p, a, _ in orders], [texts[p][b] for p, _, b in orders]
+    found = torch.as_tensor(judge([prompt for prompt, _, _ in orders], firsts, seconds), dtype=torch.float32)
+    if found.shape != (len(orders),) or not ((found >= 0) & (found <= 1)).all():
+        raise DataError(f"a judge gives a chance in [0, 1] for each of {len(orders)} pairs, got {found[:4]}")
+    if both_orders:
+        found = 0.5 * (found[: len(pairs)] + 1.0 - found[len(pairs) :])
+    said: dict[str, list[tuple[tuple[str, int, int], float]]] = {}
+    for pair, chance in zip(pairs, found.tolist(), strict=True):
+        said.setdefault(pair[0], []).append((pair, chance))
+    return said
 
 
 def nash_policy_gradient_loss(
@@ -162,37 +194,65 @@ def online_ipo_loss(
 class NashPolicy:
     """Nash learning as a method of the room: rewards, or a judge's win rates, make the game.
 
-    beta, eta: as in the module; eta is 2 beta by default. decay: of the moving average that is the anchor. mode
-    "nash-mp": the anchor; "self-play": none. "ipo": the squared loss of Online IPO on all pairs of a prompt instead of
-    a policy gradient. preferences: how rewards become chances (see `win_rates`), or "given" where the reward is a win
-    rate already. Raises ConfigError for values out of range.
+    beta, eta: as in the module; eta is 2 beta by default. mode: see there, with decay of the moving average, inner
+    steps of nash-prox, and the exponent `mixture` of nash-md. preferences: how rewards become chances (see
+    `win_rates`), or "given" where the reward is a win rate already. Raises ConfigError for values out of range.
     """
 
     beta: float = 0.1
     eta: float | None = None
     decay: float = 0.95
-    mode: Literal["nash-mp", "self-play", "ipo"] = "nash-mp"
+    mode: Literal["nash-mp", "nash-prox", "nash-md", "nash-ema", "self-play", "ipo"] = "nash-mp"
+    inner: int = 16
+    mixture: float = 0.125
     preferences: Literal["bradley-terry", "compare", "given"] = "bradley-terry"
     needs_reference: bool = field(default=True, init=False)
     anchor_decay: float | None = field(default=None, init=False)
+    anchor_every: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         if not self.beta > 0.0 or (self.eta is not None and not self.eta > 0.0):
             raise ConfigError(f"beta and eta are positive, got {self.beta} and {self.eta}")
-        if not 0.0 <= self.decay < 1.0:
-            raise ConfigError(f"decay lies in [0, 1), got {self.decay}")
-        if self.mode not in ("nash-mp", "self-play", "ipo"):
-            raise ConfigError(f"mode is nash-mp, self-play or ipo, not {self.mode!r}")
+        if not 0.0 <= self.decay < 1.0 or not 0.0 <= self.mixture <= 1.0 or self.inner < 1:
+            given = f"{self.decay}, {self.mixture} and {self.inner}"
+            raise ConfigError(f"decay lies in [0, 1), mixture in [0, 1], inner is 1 or more, got {given}")
+        if self.mode not in _MODES:
+            raise ConfigError(f"mode is one of {', '.join(_MODES)}, not {self.mode!r}")
         if self.preferences not in ("bradley-terry", "compare", "given"):
             raise ConfigError(f"preferences are bradley-terry, compare or given, not {self.preferences!r}")
         if self.mode == "ipo" and self.preferences == "given":
             raise ConfigError("mode ipo compares completions one by one, and win rates are their mean: give rewards")
-        object.__setattr__(self, "anchor_decay", self.decay if self.mode == "nash-mp" else None)
+        decay = {"nash-mp": self.decay, "nash-ema": self.decay, "nash-prox": 0.0}.get(self.mode)
+        object.__setattr__(self, "anchor_decay", decay)
+        object.__setattr__(self, "anchor_every", self.inner if self.mode == "nash-prox" else 1)
+
+    @property
+    def opponent(self) -> str:
+        """Who the opponent is, where it is not the policy itself."""
+        return {"nash-md": "mixture", "nash-ema": "anchor"}.get(self.mode, "policy")
+
+    @property
+    def smallest_group(self) -> int:
+        """Completions of a prompt that there must be."""
+        return 2 if self.opponent == "policy" else 4
+
+    def opponents(self, group: int) -> int:
+        """Completions of a group that the opponent draws."""
+        return 0 if self.opponent == "policy" else group // 2
 
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
-        """Adds advantages [B], or for "ipo" the preferences [B, G] of each completion to those of its prompt."""
+        """Adds advantages [B], or for "ipo" the preferences [B, G] of each completion to those of its prompt.
+
+        Completions of another policy are there to be compared with, and no longer in what is returned.
+        """
         rates = batch["rewards"].view(-1, group)
-        if self.preferences != "given":
+        others = self.opponents(group)
+        if others:
+            own = ~batch["opponent"]
+            rates = self._against(rates, group - others)
+            batch = {name: part[own] if part.shape[:1] == own.shape else part for name, part in batch.items()}
+            group -= others
+        elif self.preferences != "given":
             preferences = pair_preferences(rates, rule=self.preferences)
             if self.mode == "ipo":
                 return {**batch, "preferences": preferences.reshape(-1, group)}
@@ -202,12 +262,18 @@ class NashPolicy:
             sequence_log_probs(batch[name], mask).view(-1, group) for name in ("old_log_prob", "reference_log_prob")
         )
         advantage = rates - 0.5 - self.beta * (log_prob - reference)
-        if self.anchor_decay is not None:
+        if self.mode in ("nash-mp", "nash-prox"):
             anchor = sequence_log_probs(batch["anchor_log_prob"], mask).view(-1, group)
             eta = 2.0 * self.beta if self.eta is None else self.eta
             advantage = advantage - (self.beta / eta) * (log_prob - anchor)
         advantage = advantage - leave_one_out_baseline(advantage)
         return {**batch, "advantages": advantage.reshape(-1)}
+
+    def _against(self, rewards: Tensor, own: int) -> Tensor:
+        """The mean chances [P, own] against the opponent's completions, the last of each prompt's [P, G]."""
+        if self.preferences == "given":
+            return rewards[:, :own]
+        return pair_preferences(rewards, rule=self.preferences)[:, :own, own:].mean(-1)
 
     def count(self, batch: Batch) -> float:
         """Completions."""

@@ -4,19 +4,26 @@
     A_t = sum_k (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}),   returns = A + V
     critic: max((V - returns)^2, (V_old + clip(V - V_old) - returns)^2) / 2
 
-With `policy_gradient.clipped_policy_loss` on the advantages [B, T] it is the PPO of RLHF. Shapes: [B, T], a mask of
-completion tokens, nats. Sources: arXiv 1506.02438 (advantages), 1707.06347, 2203.02155.
+With `policy_gradient.clipped_policy_loss` on the advantages [B, T] it is the PPO of RLHF: the method `Ppo`. Shapes:
+[B, T], a mask of completion tokens, nats. Sources: arXiv 1506.02438 (advantages), 1707.06347, 2203.02155.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kullback.align.policy_gradient import Reduction, reduce_tokens
+from kullback.align.critic import CriticKind
+from kullback.align.log_probs import sequence_log_probs
+from kullback.align.methods import Batch
+from kullback.align.policy_gradient import Reduction, clipped_policy_loss, clipped_share, reduce_tokens
 from kullback.core.errors import ConfigError, ShapeError
 
-__all__ = ["clipped_value_loss", "generalised_advantages", "shaped_rewards"]
+__all__ = ["Ppo", "clipped_value_loss", "generalised_advantages", "shaped_rewards", "whitened"]
 
 
 def shaped_rewards(
@@ -85,6 +92,118 @@ def clipped_value_loss(
     bounded = old + (now - old).clamp(-clip, clip)
     loss = 0.5 * torch.maximum((now - goal).square(), (bounded - goal).square())
     return reduce_tokens(loss, mask, reduction, count=count)
+
+
+def whitened(
+    values: Tensor, mask: Tensor, *, gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Tensor:
+    """values [B, T] less their mean over the mask and over their standard deviation, 0 outside it.
+
+    gather: from this process's sums to those of all. Values that are all alike, or one alone, become 0.
+
+    >>> whitened(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]))
+    tensor([[-1.,  1.,  0.]])
+    """
+    _check(mask, values)
+    held = mask.bool()
+    kept = torch.where(held, values, 0.0).double()
+    total, count = gather(torch.stack([kept.sum(), held.sum().double()]).unsqueeze(0)).sum(0)
+    mean = total / count.clamp(min=1.0)
+    centred = torch.where(held, kept - mean, 0.0)
+    variance = gather(centred.square().sum().view(1)).sum() / count.clamp(min=1.0)
+    tiny = torch.finfo(values.dtype).eps * (1.0 + mean.abs())  # what rounding leaves of values that are alike
+    found = centred / variance.sqrt() if variance.sqrt() > tiny else torch.zeros_like(centred)
+    return found.to(values.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ppo:
+    """PPO as a method of the room: the KL to the reference inside the reward, a critic, several epochs a batch.
+
+    beta: coefficient of the KL; critic: see `critic.Critic`, with a learning rate critic_rate times the policy's;
+    gamma, trace: of the advantages, which are whitened unless told otherwise; clip_low, clip_high, dual_clip: of the
+    ratio; value_clip: of the critic's values, which weigh value_weight; epochs, mini_batches: steps that the same
+    completions serve, and parts they are cut into for it. Raises ConfigError for values out of range.
+    """
+
+    beta: float = 0.05
+    critic: CriticKind = "head"
+    critic_rate: float = 10.0
+    gamma: float = 1.0
+    trace: float = 0.95
+    whiten: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    value_clip: float = 0.2
+    value_weight: float = 0.5
+    epochs: int = 1
+    mini_batches: int = 1
+    reduction: Reduction = "token-mean"
+    needs_reference: bool = field(default=False, init=False)
+    gathers: bool = field(default=True, init=False)
+    smallest_group: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 0.0 or not self.value_weight > 0.0 or not self.critic_rate > 0.0:
+            given = f"{self.beta}, {self.value_weight} and {self.critic_rate}"
+            raise ConfigError(f"beta is 0 or more, value_weight and critic_rate are positive, got {given}")
+        if self.epochs < 1 or self.mini_batches < 1:
+            raise ConfigError(f"epochs and mini_batches are 1 or more, got {self.epochs} and {self.mini_batches}")
+        if self.critic not in ("head", "shared", "model"):
+            raise ConfigError(f"critic is head, shared or model, not {self.critic!r}")
+        one = torch.ones(1, 1)
+        generalised_advantages(one, one, one, gamma=self.gamma, trace=self.trace)
+        clipped_value_loss(one, one, one, one, clip=self.value_clip)
+        clipped_policy_loss(one, one, one, one, dual_clip=self.dual_clip, **self._limits())
+        object.__setattr__(self, "needs_reference", self.beta > 0.0)
+
+    def prepare(
+        self,
+        batch: dict[str, Any],
+        *,
+        group: int,
+        generator: torch.Generator,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> dict[str, Any]:
+        """Adds advantages and returns [B, T], from old_values [B, T]."""
+        mask, old = batch["completion_mask"], batch["old_log_prob"]
+        reference = batch["reference_log_prob"] if self.beta else old
+        rewards = shaped_rewards(reference, old, batch["rewards"], mask, beta=self.beta)
+        values = batch["old_values"].to(rewards.dtype)
+        advantages, returns = generalised_advantages(rewards, values, mask, gamma=self.gamma, trace=self.trace)
+        if self.whiten:
+            advantages = whitened(advantages, mask, gather=gather)
+        return {**batch, "advantages": advantages, "returns": returns}
+
+    def count(self, batch: Batch) -> float:
+        """Tokens or completions, as the reduction has it."""
+        return float(batch["completion_mask"].sum() if self.reduction == "token-mean" else len(batch["rewards"]))
+
+    def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped surrogate and the critic's error, from values [B, T] in the batch."""
+        mask, old, advantages = batch["completion_mask"], batch["old_log_prob"], batch["advantages"]
+        options: dict[str, Any] = {"reduction": self.reduction, "count": count}
+        policy = clipped_policy_loss(
+            log_prob, old, advantages, mask, dual_clip=self.dual_clip, **self._limits(), **options
+        )
+        given = (batch["values"], batch["old_values"], batch["returns"], mask)
+        critic = clipped_value_loss(*given, clip=self.value_clip, **options)
+        held = mask.bool()
+        left = (batch["returns"] - batch["values"].detach())[held].var(correction=0)
+        metrics = {
+            "reward": batch["rewards"].float().mean(),
+            "clipped": clipped_share(log_prob, old, advantages, mask, **self._limits()).sum(),
+            "value_error": reduce_tokens((given[0].detach() - given[2]).square(), mask, "token-mean"),
+            "explained": 1.0 - left / batch["returns"][held].var(correction=0).clamp(min=1e-8),
+        }
+        if self.beta:
+            gap = sequence_log_probs(log_prob.detach() - batch["reference_log_prob"], mask)
+            metrics["divergence"] = gap.mean()
+        return policy + self.value_weight * critic, metrics
+
+    def _limits(self) -> dict[str, Any]:
+        return {"clip_low": self.clip_low, "clip_high": self.clip_high}
 
 
 def _check(mask: Tensor, *others: Tensor) -> None:

@@ -15,6 +15,7 @@ from kullback.align.implicit import FSFT, matching_divergence
 from kullback.align.kdrl import BetaSchedule, Kdrl
 from kullback.align.methods import Preference, Supervised
 from kullback.align.nash_policy import NashPolicy
+from kullback.align.ppo import Ppo
 from kullback.align.proposals import ProposalContest
 from kullback.align.rehearsal import RehearsalBuffer
 from kullback.core.errors import ConfigError
@@ -84,10 +85,11 @@ def _entries() -> dict[str, _Entry]:
         "grpo": _Entry("online", _grpo),
         "dr-grpo": _Entry("online", _dr_grpo),
         "rloo": _Entry("online", _rloo),
+        "ppo": _Entry("online", _ppo),
         "f-dpg": _Entry("online", _f_dpg),
         "dph-rl": _Entry("online", _dph),
         "nash-mp": _Entry("online", _nash_mp),
-        "salsa": _Entry("online", _rloo),
+        "salsa": _Entry("online", _salsa),
         "kdrl": _Entry("online", _kdrl),
     }
 
@@ -149,6 +151,32 @@ def _rloo(*, beta: float = 0.05) -> Method:
     )  # fmt: skip
 
 
+def _ppo(
+    *, beta: float = 0.05, critic: str = "head", critic_rate: float = 10.0, gamma: float = 1.0, trace: float = 0.95,
+    whiten: bool = True, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
+    value_clip: float = 0.2, value_weight: float = 0.5, epochs: int = 1, mini_batches: int = 1,
+) -> Method:  # fmt: skip
+    kind: Any = critic
+    return Ppo(
+        beta=beta, critic=kind, critic_rate=critic_rate, gamma=gamma, trace=trace, whiten=whiten, clip_low=clip_low,
+        clip_high=clip_high, dual_clip=dual_clip, value_clip=value_clip, value_weight=value_weight, epochs=epochs,
+        mini_batches=mini_batches,
+    )  # fmt: skip
+
+
+def _salsa(
+    *, algorithm: str = "rloo", beta: float = 0.05, critic: str = "head", critic_rate: float = 10.0, epochs: int = 1,
+    mini_batches: int = 1,
+) -> Method:  # fmt: skip
+    if algorithm == "ppo":
+        return _ppo(beta=beta, critic=critic, critic_rate=critic_rate, epochs=epochs, mini_batches=mini_batches)
+    if algorithm != "rloo":
+        raise ConfigError(f"algorithm is rloo or ppo, not {algorithm!r}")
+    if (critic, critic_rate, epochs, mini_batches) != ("head", 10.0, 1, 1):
+        raise ConfigError("critic, critic_rate, epochs and mini_batches are options of algorithm ppo, not of rloo")
+    return _rloo(beta=beta)
+
+
 def _f_dpg(
     *, divergence: str = "js", alpha: float = 0.5, beta: float = 0.1, target: str = "tilt", baseline: str = "window",
     max_ratio: float | None = None, proposal: str = "online", defence: float = 0.0, every: int = 16,
@@ -165,11 +193,11 @@ def _f_dpg(
 
 
 def _nash_mp(
-    *, beta: float = 0.1, eta: float | None = None, decay: float = 0.95, mode: str = "nash-mp",
-    preferences: str = "bradley-terry",
+    *, beta: float = 0.1, eta: float | None = None, decay: float = 0.95, mode: str = "nash-mp", inner: int = 16,
+    mixture: float = 0.125, preferences: str = "bradley-terry",
 ) -> Method:  # fmt: skip
     chosen: dict[str, Any] = {"mode": mode, "preferences": preferences}
-    return NashPolicy(beta=beta, eta=eta, decay=decay, **chosen)
+    return NashPolicy(beta=beta, eta=eta, decay=decay, inner=inner, mixture=mixture, **chosen)
 
 
 def _kdrl(
