@@ -7,7 +7,7 @@ import torch
 
 from kullback.align.calibration import ece_gap_bound, preference_ece
 from kullback.align.f_dpo import paper_divergence
-from kullback.align.regularised import f_regularised_policy
+from kullback.align.regularised import _form, _solve, f_regularised_policy
 from kullback.align.worlds import entropy, expected_reward, regularised_optimum
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences import f_divergence
@@ -64,6 +64,86 @@ def test_no_other_policy_has_a_larger_value(generator):
         assert (value(around.log_softmax(-1)) < value(best)).all()
         swapped = f_regularised_policy(log_p, reward, divergence=divergence.dual(), beta=0.3).log_policy
         assert value(swapped) < value(best) - 1e-6 or divergence.dual().name == divergence.name
+
+
+def closed_family():
+    """Divergences whose optimum is a root of a sum of powers, with the form that is to be recognised."""
+    yield f_divergence("reverse_kl").scaled(3.0), (3.0, math.inf, 0.0)
+    yield f_divergence("kl"), (1.0, 1.0, 0.0)
+    yield f_divergence("squared_hellinger"), (0.25, 2.0, 0.0)
+    yield f_divergence("alpha_divergence", alpha=0.3), (1.0, 1 / 0.3, 0.0)
+    yield f_divergence("alpha_divergence", alpha=1.5).scaled(0.2), (0.2, 1 / 1.5, 0.0)
+    yield f_divergence("jsd").normalised(), (2.0, 1.0, 0.5)
+    yield f_divergence("generalized_jsd", beta=0.9), (0.1, 1.0, 0.1)
+    yield f_divergence("generalized_jsd", beta=1e-3, normalised=True), (1 / 1e-3, 1.0, 0.999)
+
+
+@pytest.mark.parametrize(("divergence", "form"), list(closed_family()), ids=lambda d: getattr(d, "name", ""))
+def test_sums_of_powers_agree_with_the_secant_method(divergence, form, generator):
+    assert _form(divergence) == pytest.approx(form, rel=1e-11)
+    scale = torch.tensor([0.1, 1.0, 2.0, 4.0], dtype=torch.float64).repeat(25).view(-1, 1)
+    log_p = (scale * torch.randn(100, 30, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    reward = torch.randn(100, 30, generator=generator, dtype=torch.float64)
+    for beta in (0.02, 0.5, 20.0):
+        policy, multiplier = f_regularised_policy(log_p, reward, divergence=divergence, beta=beta)
+        twin, twin_multiplier = _solve(divergence, log_p, reward / beta, 1e-12)
+        torch.testing.assert_close(multiplier, beta * twin_multiplier, rtol=1e-10, atol=1e-10)
+        # Entries of tiny mass lie near the end of the domain, where neither keeps all digits of the logarithm.
+        torch.testing.assert_close(policy.exp(), twin.exp(), rtol=1e-7, atol=1e-12)
+        assert (policy.exp().sum(-1) - 1).abs().max() < 1e-12
+        reversed_policy = f_regularised_policy(log_p, -reward, divergence=divergence, beta=beta).log_policy
+        assert (reversed_policy.exp() - twin.exp()).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("divergence", "form"), list(closed_family())[1:], ids=lambda d: getattr(d, "name", ""))
+@pytest.mark.parametrize("solve", ["powers", "secant"])
+def test_sharp_references_against_eighty_digits(divergence, form, solve, generator):
+    """References of e^-60, where m in float64 does not tell the mass of the outcome that bounds it."""
+    mpmath = pytest.importorskip("mpmath")
+    log_p = (20 * torch.randn(6, 12, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    reward = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    if solve == "powers":
+        policy = f_regularised_policy(log_p, reward, divergence=divergence, beta=0.5).log_policy
+    else:
+        policy, _ = _solve(divergence, log_p, reward / 0.5, 1e-12)
+    with mpmath.workdps(80):
+        scale, order, share = (mpmath.mpf(number) for number in _form(divergence))
+        for row, rewards, found in zip(log_p.tolist(), reward.tolist(), policy, strict=True):
+            mass, y = [mpmath.exp(value) for value in row], [2 * mpmath.mpf(value) for value in rewards]
+
+            def part(i, m, mass=mass, y=y):
+                if not share:
+                    return mass[i] * (1 - (y[i] - m) / (scale * order)) ** -order
+                e = mpmath.exp((y[i] - m) / scale)
+                return mass[i] * (1 - share) * e / (1 - share * e)
+
+            def link(p):
+                return scale * (-mpmath.log(share + (1 - share) * p) if share else order * (1 - p ** (1 / order)))
+
+            low, high = max(y[i] - link(mass[i]) for i in range(12)), max(y)
+            for _ in range(270):
+                middle = (low + high) / 2
+                low, high = (middle, high) if sum(part(i, middle) for i in range(12)) > 1 else (low, middle)
+            exact = torch.tensor([float(mpmath.log(part(i, low))) for i in range(12)], dtype=torch.float64)
+            torch.testing.assert_close(found.exp(), exact.exp(), rtol=0, atol=2e-9 if solve == "secant" else 1e-12)
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 if solve == "secant" else 1e-10)
+
+
+def test_other_links_are_not_taken_for_powers():
+    others = [*OTHERS[:2], f_divergence("skew_reverse_kl", alpha=0.3), f_divergence("neyman")]
+    assert all(_form(divergence) is None for divergence in others)
+    assert _form(f_divergence("alpha_divergence", alpha=0.01)) is None  # would lose digits
+
+
+def test_references_beyond_what_powers_hold(generator):
+    """Log-probabilities of -2000, which exp makes 0, and a reward that alone lifts such an outcome to mass."""
+    log_p = torch.tensor([[0.0, -2000.0, -1.0], [0.0, -2000.0, -400.0]], dtype=torch.float64).log_softmax(-1)
+    reward = torch.tensor([[0.0, 3000.0, -1.0], [0.0, 0.5, 1.0]], dtype=torch.float64)
+    for divergence, _ in closed_family():
+        policy, multiplier = f_regularised_policy(log_p, reward, divergence=divergence, beta=1.0)
+        assert (policy.exp().sum(-1) - 1).abs().max() < 1e-12
+        rest = reward - divergence.link(policy - log_p) - multiplier.unsqueeze(-1)
+        assert rest[policy > -30].abs().max() < 1e-8
 
 
 def test_outcomes_without_mass_and_chi_squared():
