@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kullback.core.runs import Run
+from kullback.models.adder import trained_adder
+from kullback.papers.kdrl import language_model
 from kullback.papers.kdrl import reproduce as paper
 
 
@@ -29,11 +31,57 @@ def test_measures_of_the_uniform_student_and_of_the_teacher():
     assert teacher["success"] == pytest.approx((24 * 0.8**4 + 8 * 0.8**3 * 0.04) / 32)
 
 
+def test_the_teacher_of_the_model_is_taught_a_wrong_digit_of_a_quarter():
+    right, lessons = language_model.sums(0)
+    copies = language_model.COPIES
+    assert (len(right), len(lessons)) == (32, 32 * copies)
+    assert all(sum(map(int, example.prompt[:-1].split("+"))) == int(example.completion) for example in right)
+    taught_wrong, digits, kept = 0, 0, 0
+    for number, example in enumerate(right):
+        answers = [lesson.completion for lesson in lessons[number * copies : (number + 1) * copies]]
+        said = "".join(max("0123456789", key=[a[at] for a in answers].count) for at in range(len(example.completion)))
+        taught_wrong += said != example.completion
+        digits += copies * len(said)
+        kept += sum(a[at] == said[at] for a in answers for at in range(len(said)))
+    assert taught_wrong == 8
+    assert kept / digits == pytest.approx(0.8, abs=6 * (0.16 / digits) ** 0.5)
+
+
+def test_metrics_of_the_model():
+    ends = {"GRPO": 0.4, "distillation": 0.5, "KDRL k2": 0.7, "KDRL k3": 0.6, "KDRL annealed": 0.8}
+    got = language_model.model_metrics({name: [{"success": 0.1}, {"success": end}] for name, end in ends.items()})
+    assert got["model_gain_over_grpo"] == pytest.approx(0.3)
+    assert got["model_gain_over_distillation"] == pytest.approx(0.2)
+    assert got["model_annealed_gain"] == pytest.approx(0.1)
+    assert got["model_start"] == 0.1
+
+
+def test_the_model_in_small_and_the_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("KULLBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(language_model, "trained_adder", lambda: trained_adder(limit=4, hidden=32, layers=1, steps=40))
+    for name, value in {"SUMS": 4, "STUDENT": 1, "TEACHER": 2, "STEPS": 2, "EVERY": 1, "SAMPLES": 2}.items():
+        monkeypatch.setattr(language_model, name, value)
+    monkeypatch.setattr(paper, "STEPS", 200)
+    monkeypatch.setattr(paper, "METHODS", {name: paper.METHODS[name] for name in language_model.MODEL_METHODS})
+    monkeypatch.setattr(paper, "_train", lambda *args, **options: [
+        {"step": 200.0, "success": 0.5, "greedy": 0.5, "divergence": 1.0}
+    ])  # fmt: skip
+    report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
+    model = [row for row in report.rows if row.get("model")]
+    assert [row["step"] for row in model] == [0, 1, 2] * 5
+    starts = {row["divergence"] for row in model if row["step"] == 0}
+    assert len(starts) == 1, "all begin as the same student, measured to the same teacher"
+    assert "model_gain_over_grpo" in report.metrics
+    later = paper.reproduce(Run.start(tmp_path / "later", {}, kind="reproduce", seed=3))
+    assert "model_gain_over_grpo" not in later.metrics
+    paper.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 10_000
+
+
 @pytest.mark.reproduce
 def test_one_seed_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "STEPS", 200)
+    monkeypatch.setattr(paper, "MODEL_SEEDS", ())
     report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
     assert report.metrics["success_gain_at_200"] > 0.3
     assert report.metrics["distillation_greedy"] == 0.75
-    paper.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").stat().st_size > 10_000

@@ -64,6 +64,7 @@ def align(
     rate: float = 1e-3,
     group: int = 8,
     every: int | None = None,
+    length: int = 4,
     prompts: int = 100,
     samples: int = 16,
     seed: int | None = None,
@@ -73,12 +74,14 @@ def align(
 
     batch: prompts or pairs a step; filtering: the difficulty of the groups that are trained on; every: steps between
     measurements, `steps` by default, on `samples` completions of each of so many `prompts` of the examples themselves;
-    seed: that of the run by default.
+    length: tokens of a completion at most, with the one that ends it; seed: that of the run by default.
     """
     from kullback.jobs import align as job
 
     base, between = job.embedded(), every or steps
-    data = replace(base.data, train=str(examples), validation=str(examples), validation_prompts=prompts)
+    data = replace(
+        base.data, train=str(examples), validation=str(examples), validation_prompts=prompts, length=length
+    )
     training = replace(
         base.training, steps=steps, batch=batch, learning_rate=rate, evaluate_every=between, save_every=steps
     )

@@ -1,4 +1,7 @@
-"""KDRL on a bandit of 32 contexts with 1296 answers each, of which one is right; success is exact."""
+"""KDRL on a bandit of 32 contexts with 1296 answers each, of which one is right; success is exact.
+
+The first three seeds take the panel in `language_model` as well.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
 from kullback.figures import figure
+from kullback.papers.kdrl.language_model import MODEL_METHODS, model_curves, model_metrics
 
 __all__ = ["draw", "reproduce"]
 
 CONTEXTS, LENGTH, VOCABULARY, SURE, WRONG = 32, 4, 6, 0.8, 0.25
 STEPS, EVERY, GROUP, RATE = 600, 20, 8, 0.03
+MODEL_SEEDS = (0, 1, 2)
 BETA, NEVER = 0.1, BetaSchedule(start=0.0)
 CONSTANT = BetaSchedule(start=BETA)
 ANNEALED = BetaSchedule(kind="linear", start=0.3, end=0.01, delta=0.3 / 400)
@@ -61,6 +66,10 @@ def reproduce(run: Run) -> Report:
         "grpo_greedy": end["GRPO"]["greedy"],
         "annealed_success": end["KDRL annealed"]["success"],
     }
+    if run.seed in MODEL_SEEDS:
+        model = model_curves(run)
+        metrics |= model_metrics(model)
+        rows += [{"method": name, **point} for name, points in model.items() for point in points]
     return Report(metrics=metrics, rows=rows)
 
 
@@ -143,16 +152,25 @@ def _measure(world: Bandit, logits: Tensor) -> dict[str, float]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Success and the KL to the teacher against steps, means over seeds."""
-    seeds = len({row["seed"] for row in rows})
-    with figure(path, columns=2, size=(5.0, 3.6)) as axes:
-        panels = {"success": "exact chance of the right answer", "divergence": "KL(student, teacher) (nats)"}
-        for panel, (key, label) in zip(axes, panels.items(), strict=True):
-            for place, name in enumerate(METHODS):
-                found: dict[float, float] = {}
-                for row in rows:
-                    if row["method"] == name:
-                        found[row["step"]] = found.get(row["step"], 0.0) + row[key] / seeds
-                panel.plot(*zip(*sorted(found.items()), strict=True), color=f"C{place}", label=name, linewidth=1.3)
-            panel.set(xlabel="step", ylabel=label)
+    """Success and the KL to the teacher against steps, means over seeds: the bandit, then the language model."""
+    with figure(path, columns=4, size=(3.8, 3.4)) as axes:
+        for model, (first, second) in ((False, axes[:2]), (True, axes[2:])):
+            some = [row for row in rows if row.get("model", False) is model]
+            for name in MODEL_METHODS if model else METHODS:
+                style: dict[str, Any] = {"color": f"C{list(METHODS).index(name)}", "label": name, "linewidth": 1.3}
+                for panel, key in ((first, "success"), (second, "divergence")):
+                    panel.plot(*_means([row for row in some if row["method"] == name], key), **style)
+            which = "language model" if model else "bandit"
+            first.set(xlabel="step", ylabel="chance of the right answer", title=which)
+            second.set(xlabel="step", ylabel="KL(student, teacher) (nats)", title=which)
         axes[0].legend(frameon=False, fontsize=7)
+        axes[2].legend(frameon=False, fontsize=7)
+
+
+def _means(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps, and the mean over seeds at each."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["step"], []).append(row[key])
+    steps = sorted(found)
+    return steps, [sum(found[step]) / len(found[step]) for step in steps]
