@@ -1,6 +1,7 @@
 """The main job in processes of its own: two at once, and one that is killed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -37,11 +38,44 @@ def test_two_processes_have_the_loss_of_one(config, tmp_path, on_policy):
     if on_policy:  # each process draws samples of its own
         assert two[6]["divergence"] < two[0]["divergence"]
         return
-    one = losses(job.run(config, tmp_path / "one").path)
-    assert one.keys() == two.keys()
-    for step, event in one.items():
+    assert_same_losses(job.run(config, tmp_path / "one").path, tmp_path / "two")
+
+
+def back_to(path, step, part="distilled-0"):
+    """What a job that was killed after its checkpoint at `step` leaves."""
+    for place in (path / "report.json", path / "parts" / part / "report.json"):
+        place.unlink()
+    for place in (path / "model", path / "parts" / part / "model"):
+        shutil.rmtree(place)
+    for place in (path / "parts" / part / "ckpt").glob("step-*"):
+        if int(place.name.removeprefix("step-")) > step:
+            shutil.rmtree(place)
+
+
+def notes(path, part="distilled-0"):
+    events = [json.loads(line) for line in (path / "parts" / part / "events.jsonl").read_text().splitlines()]
+    return [event["text"] for event in events if event["kind"] == "note"]
+
+
+def assert_same_losses(expected, found):
+    assert losses(expected).keys() == losses(found).keys()
+    for step, event in losses(expected).items():
         for name in ("cross_entropy", "divergence"):
-            assert two[step][name] == pytest.approx(event[name], rel=1e-5)
+            assert losses(found)[step][name] == pytest.approx(event[name], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_batches(config, tmp_path, before, after):
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    straight = job.run(config, tmp_path / "straight").path
+    run("--config", tmp_path / "job.toml", "--out", tmp_path / "moved", processes=before)
+    back_to(tmp_path / "moved", 4)
+    run("--resume", tmp_path / "moved", processes=after)
+    assert notes(straight) == []
+    (said,) = notes(tmp_path / "moved")
+    assert said.startswith(f"{after} processes go on from a checkpoint of {before}")
+    assert_same_losses(straight, tmp_path / "moved")
 
 
 def sharded(*words, stop=""):
@@ -51,6 +85,21 @@ def sharded(*words, stop=""):
         [sys.executable, "-m", *launch, str(script), "distill", *map(str, words)],
         env={**ENVIRONMENT, "KULLBACK_TEST_STOP": stop}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_fully_sharded_student_learns_from_the_samples_that_an_unsharded_one_draws(config, tmp_path):
+    config = replace(config, objective=replace(config.objective, on_policy=1.0, prompt=4))
+    (tmp_path / "whole.toml").write_text(to_toml(config))
+    run("--config", tmp_path / "whole.toml", "--out", tmp_path / "whole", processes=2)
+    (tmp_path / "parts.toml").write_text(to_toml(replace(config, training=replace(config.training, fsdp=True))))
+    stopped = sharded("--config", tmp_path / "parts.toml", "--out", tmp_path / "parts", stop="3")
+    assert "stopped after step 3 of 6, all saved" in stopped.stderr, stopped.stderr[-3000:]
+    resumed = sharded("--resume", tmp_path / "parts")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert losses(tmp_path / "whole")[6]["divergence"] < 0.99 * losses(tmp_path / "whole")[0]["divergence"]
+    for step, event in losses(tmp_path / "whole").items():  # the same tokens are drawn, or the losses would differ
+        assert losses(tmp_path / "parts")[step]["divergence"] == pytest.approx(event["divergence"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.tensor import DTensor
 
 from kullback.core.checkpoint import load_state, save_state
-from kullback.core.errors import CheckpointError, ConfigError
+from kullback.core.errors import ConfigError
+from kullback.core.rng import generator
 from kullback.core.runs import Run
 
 __all__ = ["RunCheckpoints"]
@@ -32,7 +33,9 @@ class RunCheckpoints:
 
     A Trainer with a state of its own, the same in all processes, has `extra_state()` and `load_extra_state(state)`;
     with one of each process `process_state()` and `load_process_state(state)`.
-    Raises CheckpointError when a checkpoint cannot be written or read, ConfigError for weights that are not finite.
+    A checkpoint may be resumed by another number of processes: the batches are the same, and what processes draw by
+    themselves (dropout, their own samples) is drawn anew. Raises CheckpointError when a checkpoint cannot be written or
+    read, ConfigError for weights that are not finite.
     """
 
     run: Run
@@ -145,11 +148,14 @@ class RunCheckpoints:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if not (Path(checkpoint) / f"{self._rng_name()}.json").exists():
-            raise CheckpointError(
-                f"{checkpoint} has no random state for process {self.args.process_index}: resume with as many "
-                "processes as the run was started with"
-            )
+        before, now = len(list(Path(checkpoint).glob("randomness-*.json"))), self.accelerator.num_processes
+        if before != now:
+            # Batches are of the whole job, so the text goes on where it was; what each process draws is another matter.
+            if self.accelerator.is_main_process:
+                text = f"{now} processes go on from a checkpoint of {before}: the same batches, other random draws"
+                self.run.event("note", step=self.state.global_step, text=text)
+            self._fresh_randomness()
+            return
         state = load_state(Path(checkpoint), self._rng_name())
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
@@ -159,6 +165,16 @@ class RunCheckpoints:
         torch.random.set_rng_state(state["cpu"])
         if state["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])
+
+    def _fresh_randomness(self) -> None:
+        """The state of this process from the run's seed, its step and its number."""
+        draw = generator(self.run.seed, "resumed randomness", self.state.global_step, self.args.process_index)
+        torch.random.set_rng_state(draw.get_state())
+        words = torch.randint(1 << 32, (624,), generator=draw).numpy().astype(np.uint32)
+        random.setstate((3, (*words.tolist(), 624), None))
+        np.random.set_state(("MT19937", words, 624, 0, 0.0))  # noqa: NPY002 - the Trainer's own
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.Generator("cuda").manual_seed(int(words[0])).get_state())
 
     def _rng_name(self) -> str:
         return f"randomness-{self.args.process_index}"
