@@ -31,7 +31,7 @@ from kullback.sample.compose import (
     smc2,
     yield_,
 )
-from kullback.sample.compose.steps import ancestor_index
+from kullback.sample.compose.steps import ancestor_index, replayed
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _programs import hmm_measure
@@ -286,7 +286,9 @@ def test_bad_input(generator):
         (lambda: Steps(good.start, good.step, 1, noise="gamma"), ConfigError, "noise"),
         (lambda: smc(good, 5, generator=generator, chains=0), ConfigError, "chains"),
         (lambda: smc(good, 5, generator=Numbers([0.5] * 3)), DataError, "used up"),
-        (lambda: rmsmc(good, 5, 2, local=True, generator=generator), ConfigError, "local"),
+        (lambda: smc(Steps(good.start, broken.step, 2), 5, generator=generator), DataError, "step 1"),
+        (lambda: importance(broken, 5, generator=generator), DataError, "step 1"),
+        (lambda: replayed(good, torch.zeros(1, 2, 0, 1).double(), 3), ConfigError, "frozen"),
         (lambda: run(Rejection(1), good, generator=generator), ConfigError, "does not run over tensors"),
         (lambda: run(Importance(2), coefficients(), generator=generator), ConfigError, "takes a Steps"),
         (lambda: pmmh(coefficients(), lambda theta: 3, 2, 2, generator=generator), ConfigError, "Steps program"),

@@ -13,14 +13,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
-__all__ = ["Filter", "Numbers", "Particles", "Steps", "ancestor_index", "begin", "gathered", "onward", "replayed"]
+__all__ = [
+    "Filter", "Mass", "Numbers", "Particles", "Steps", "ancestor_index", "begin", "equal_weights", "frozen", "gathered",
+    "mass", "onward", "replayed",
+]  # fmt: skip
 
 Noise = Literal["uniform", "normal"]
 
@@ -81,20 +84,18 @@ class Steps:
             raise ConfigError(f"noise is 'uniform' or 'normal', and not {self.noise!r}")
 
     def at(self, time: int, state: Any, noise: Tensor) -> tuple[Any, Tensor]:
-        """The step of a time, with what it returns looked over."""
+        """The step of a time, with the shape of its log-weights looked over; `mass` looks at their values."""
         after, log_weight = self.start(noise) if time == 0 else self.step(state, noise, time)
         if log_weight.shape != noise.shape[:-1]:
             wanted, found = tuple(noise.shape[:-1]), tuple(log_weight.shape)
             raise ShapeError(f"step {time} returned log-weights {found} for particles {wanted}: each needs its own")
-        if not float(log_weight.amax()) < math.inf:
-            raise DataError(f"a log-weight of step {time} is NaN or infinite: look at its density there")
         return after, log_weight
 
 
 def gathered(state: Any, index: Tensor) -> Any:
     """A state [R, n, ...] with the particles index [R, m] of each chain."""
     if isinstance(state, Tensor):
-        if len(index) == 1:
+        if index.shape[0] == 1:
             return state.index_select(1, index[0])
         rows = torch.arange(len(index), device=index.device).unsqueeze(1)
         return state[rows, index]
@@ -148,11 +149,11 @@ class Particles:
         return (weights.view(*weights.shape, *[1] * (found.ndim - weights.ndim)) * found).sum(over)
 
 
-@dataclass(frozen=True)
-class Filter:
+class Filter(NamedTuple):
     """A particle filter at a checkpoint: state [R, n, ...], log_weights [R, n] that sum to the evidence so far.
 
-    noise [R, n, time + 1, sites] and log_density [R, n], of each path, where they are kept.
+    Where paths are kept: noise [R, n, time + 1 - since, sites] from the step `since` on, log_density [R, n] of the
+    weights since, and `fixed`, the state before that step.
     """
 
     state: Any
@@ -160,12 +161,16 @@ class Filter:
     time: int
     noise: Tensor | None = None
     log_density: Tensor | None = None
+    since: int = 0
+    fixed: Any = None
 
     def reindexed(self, index: Tensor, log_weights: Tensor) -> Filter:
         """The filter with the particles index [R, m] and these weights."""
-        noise = None if self.noise is None else gathered(self.noise, index)
-        density = None if self.log_density is None else gathered(self.log_density, index)
-        return Filter(gathered(self.state, index), log_weights, self.time, noise, density)
+        if self.noise is None or self.log_density is None:
+            return Filter(gathered(self.state, index), log_weights, self.time)
+        fixed = gathered(self.fixed, index) if self.since else None
+        kept = (gathered(self.noise, index), gathered(self.log_density, index), self.since, fixed)
+        return Filter(gathered(self.state, index), log_weights, self.time, *kept)
 
 
 def begin(model: Steps, shape: tuple[int, int], numbers: Numbers, *, keep: bool = False) -> Filter:
@@ -184,17 +189,62 @@ def onward(model: Steps, now: Filter, numbers: Numbers) -> Filter:
     if now.noise is None or now.log_density is None:
         return Filter(state, weights, now.time + 1)
     longer = torch.cat([now.noise, noise.unsqueeze(2)], dim=2)
-    return Filter(state, weights, now.time + 1, longer, now.log_density + log_weight)
+    return Filter(state, weights, now.time + 1, longer, now.log_density + log_weight, now.since, now.fixed)
 
 
-def replayed(model: Steps, noise: Tensor) -> tuple[Any, Tensor]:
-    """The state and the summed log-weights [R, n] that belong to noise [R, n, t, sites]; NaN counts as -inf."""
-    first, *others = noise.unbind(2)
-    state, total = model.start(first)
-    for time, now in enumerate(others, start=1):
-        state, log_weight = model.step(state, now, time)
-        total = total + log_weight
+def frozen(now: Filter) -> Filter:
+    """Choices so far as constants: later moves change only what is drawn after them."""
+    if now.noise is None or now.log_density is None:
+        return now
+    return now._replace(
+        noise=now.noise[:, :, :0], log_density=torch.zeros_like(now.log_density), since=now.time + 1, fixed=now.state
+    )
+
+
+def replayed(model: Steps, noise: Tensor, since: int = 0, fixed: Any = None) -> tuple[Any, Tensor]:
+    """The state and the summed log-weights [R, n] that belong to noise [R, n, t, sites]; NaN counts as -inf.
+
+    since: the first step that is run again, from the state `fixed`.
+    """
+    state, total = fixed, None
+    for time, now in enumerate(noise.unbind(2), start=since):
+        state, log_weight = model.step(state, now, time) if time else model.start(now)
+        total = log_weight if total is None else total + log_weight
+    if total is None:
+        raise ConfigError("nothing is left to move where all choices are frozen: advance before")
     return state, total if float(total.amax()) < math.inf else total.nan_to_num(nan=-math.inf)
+
+
+class Mass(NamedTuple):
+    """Of weights [R, n]: log of their sum, [R, 1]; their shares [R, n], NaN in a chain without any weight; whether all
+    chains have one."""
+
+    total: Tensor
+    share: Tensor
+    alive: bool
+
+
+def mass(now: Filter) -> Mass:
+    """The mass of a filter, whose log-weights are looked over in passing.
+
+    log sum w = max log w - log max share, which is several times as fast as logsumexp for few particles.
+    """
+    weights = now.log_weights
+    top, share = weights.amax(1, keepdim=True), weights.softmax(1)
+    if weights.shape[0] == 1:
+        low = high = float(top)
+    else:
+        low, high = (float(bound) for bound in top.aminmax())
+    if not high < math.inf:  # so written that NaN comes through
+        raise DataError(f"a log-weight of step {now.time} is NaN or infinite: look at its density there")
+    total, alive = top - share.amax(1, keepdim=True).log_(), low > -math.inf
+    return Mass(total if alive else torch.where(top == -math.inf, top, total), share, alive)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, device: torch.device) -> Tensor:
+    """A number as a tensor, which takes half the time of arithmetic with a Python number."""
+    return torch.tensor(value, dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -202,19 +252,17 @@ def _places(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.float64, device=device)
 
 
-def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, total: Tensor | None = None) -> Tensor:
+def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, found: Mass | None = None) -> Tensor:
     """Ancestors [R, n] by log-weights [R, n]; a chain without any weight keeps its particles as they are.
 
-    total [R, 1]: the logsumexp of the weights, where it is known.
+    found: their mass, where it is known.
     """
-    chains, count = log_weights.shape
-    total = log_weights.logsumexp(1, keepdim=True) if total is None else total
-    share = log_weights.softmax(1)  # NaN in a chain without any weight
-    ends = share.cumsum(1)
-    places = _places(count, share.device)
-    alive = float(total if chains == 1 else total.amin()) > -math.inf
+    total, share, alive = mass(Filter(None, log_weights, 0)) if found is None else found
+    chains, count = share.shape
+    ends, places = share.cumsum(1), _places(count, share.device)
     if scheme == "systematic":
-        index = _systematic(ends * count, numbers.take((chains, 1)), places, quick=alive and ends.numel() >= 4000)
+        ends = ends.mul_(_number(count, share.device))
+        index = _systematic(ends, numbers.take((chains, 1)), places, quick=alive and chains * count >= 4000)
     elif scheme == "stratified":
         index = torch.searchsorted(ends * count, numbers.take((chains, count)) + places, right=True)
     elif scheme == "multinomial":
@@ -227,6 +275,12 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, total: Te
     if alive:
         return index
     return torch.where(total == -math.inf, torch.arange(count, device=index.device), index)
+
+
+def equal_weights(found: Mass) -> Tensor:
+    """Log-weights [R, n] that share the mass equally."""
+    count = found.share.shape[1]
+    return (found.total - _number(math.log(count), found.share.device)).expand_as(found.share)
 
 
 def _systematic(ends: Tensor, u: Tensor, places: Tensor, *, quick: bool) -> Tensor:

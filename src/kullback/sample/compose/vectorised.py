@@ -21,7 +21,10 @@ from kullback.sample.compose.steps import (
     ancestor_index,
     begin,
     chosen,
+    equal_weights,
+    frozen,
     gathered,
+    mass,
     onward,
     replayed,
 )  # fmt: skip
@@ -65,18 +68,17 @@ def over(method: Any, model: Steps | Prior, numbers: Numbers, *, chains: int = 1
 
 def resampled(now: Filter, scheme: str, ess_threshold: float, numbers: Numbers) -> Filter:
     """Chains whose effective size is low enough resampled, each particle with an equal share of the total."""
-    weights, count = now.log_weights, now.log_weights.shape[1]
-    total = weights.logsumexp(1, keepdim=True)
+    weights, found = now.log_weights, mass(now)
+    after = equal_weights(found)
     if ess_threshold < 1.0:
-        effective = torch.exp(2.0 * total - (2.0 * weights).logsumexp(1, keepdim=True))
-        low = (effective <= ess_threshold * count) & (total > -math.inf)
+        effective = torch.exp(2.0 * found.total - (2.0 * weights).logsumexp(1, keepdim=True))
+        count = weights.shape[1]
+        low = (effective <= ess_threshold * count) & (found.total > -math.inf)
         if not bool(low.any()):
             return now
-        index = torch.where(low, ancestor_index(weights, scheme, numbers, total), torch.arange(count))
-        after = torch.where(low, (total - math.log(count)).expand_as(weights), weights)
-        return now.reindexed(index, after)
-    index = ancestor_index(weights, scheme, numbers, total)
-    return now.reindexed(index, (total - math.log(count)).expand_as(weights))
+        index = torch.where(low, ancestor_index(weights, scheme, numbers, found), torch.arange(count))
+        return now.reindexed(index, torch.where(low, after, weights))
+    return now.reindexed(ancestor_index(weights, scheme, numbers, found), after)
 
 
 def _advance(method: Any, model: Steps, now: Filter, numbers: Numbers) -> Filter:
@@ -91,8 +93,15 @@ def _smc(method: SMC, model: Steps, numbers: Numbers, chains: int) -> Particles:
     now = begin(model, (chains, method.num_particles), numbers)
     for _ in range(_checkpoints(method, model)):
         now = _advance(method, model, now, numbers)
+    return _ended(model, now, numbers)
+
+
+def _ended(model: Steps, now: Filter, numbers: Numbers) -> Particles:
+    """The rest of the way without resampling."""
+    mass(now)
     while now.time < model.length - 1:
         now = onward(model, now, numbers)
+        mass(now)
     return Particles(now.state, now.log_weights)
 
 
@@ -138,25 +147,23 @@ def _move(method: Any, model: Steps, now: Filter, numbers: Numbers) -> tuple[Fil
     if now.noise is None or now.log_density is None:
         raise ConfigError("moves need the traces of particles, and this filter did not keep them")
     noise = _moved(method, now.noise, model.noise, numbers)
-    state, density = replayed(model, noise)
+    state, density = replayed(model, noise, now.since, now.fixed)
     accept = _accepted(density - now.log_density, numbers)
-    kept = torch.where(accept, density, now.log_density)
-    after = Filter(chosen(accept, state, now.state), now.log_weights, now.time, chosen(accept, noise, now.noise), kept)
+    after = now._replace(
+        state=chosen(accept, state, now.state), noise=chosen(accept, noise, now.noise),
+        log_density=torch.where(accept, density, now.log_density),
+    )  # fmt: skip
     return after, accept
 
 
 def _rmsmc(method: RMSMC, model: Steps, numbers: Numbers, chains: int) -> Particles:
-    if method.local:
-        raise ConfigError("local moves of a Steps program would repeat its last step only: run it on a program")
     now = begin(model, (chains, method.num_particles), numbers, keep=True)
     for _ in range(_checkpoints(method, model)):
         now = resampled(now, method.resampler, 1.0, numbers)
         for _ in range(method.mh_steps):
             now, _ = _move(method, model, now, numbers)
-        now = onward(model, now, numbers)
-    while now.time < model.length - 1:
-        now = onward(model, now, numbers)
-    return Particles(now.state, now.log_weights)
+        now = onward(model, frozen(now) if method.local else now, numbers)
+    return _ended(model, now, numbers)
 
 
 def _collected(states: list[Any]) -> Any:
@@ -174,6 +181,7 @@ def _mh(method: MH, model: Steps, numbers: Numbers, chains: int) -> Chain:
     now = begin(model, (chains, 1), numbers, keep=True)
     while now.time < model.length - 1:
         now = onward(model, now, numbers)
+        mass(now)
     states, densities, accepted = [], [], torch.zeros(chains, dtype=torch.float64)
     for _ in range(method.num_steps):
         now, accept = _move(method, model, now, numbers)
@@ -219,7 +227,7 @@ def _judge(method: PMMH | SMC2, prior: Prior, noise: Tensor, checkpoints: int | 
     now = begin(model, (len(noise), method.num_particles), numbers)
     for _ in range(model.length - 1 if checkpoints is None else checkpoints):
         now = _advance(inner, model, now, numbers)
-    return _Judged(noise, parameters, now, now.log_weights.logsumexp(1))
+    return _Judged(noise, parameters, now, mass(now).total[:, 0])
 
 
 def _pmmh_step(
@@ -260,7 +268,7 @@ def _smc2(method: SMC2, prior: Prior, numbers: Numbers, chains: int) -> Particle
             for _ in range(method.mh_steps):
                 now, _ = _pmmh_step(method, prior, now, time, numbers)
         after = _advance(inner, _model(method, now.parameters), now.filtered, numbers)
-        evidence = after.log_weights.logsumexp(1)
+        evidence = mass(after).total[:, 0]
         gain = torch.where(now.log_evidence > -math.inf, evidence - now.log_evidence, -math.inf)
         weights = weights + gain.unsqueeze(0)
         now = _Judged(now.noise, now.parameters, after, evidence)
