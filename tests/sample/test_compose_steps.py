@@ -12,6 +12,7 @@ from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.sample import LinearGaussianModel, kalman_smoother
 from kullback.sample.compose import (
     MH,
+    RMSMC,
     SMC,
     Importance,
     Numbers,
@@ -31,7 +32,8 @@ from kullback.sample.compose import (
     smc2,
     yield_,
 )
-from kullback.sample.compose.steps import ancestor_index, replayed
+from kullback.sample.compose.steps import ancestor_index, begin, frozen, onward, replayed
+from kullback.sample.compose.vectorised import _move
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _programs import hmm_measure
@@ -127,6 +129,44 @@ def test_the_evidence_is_unbiased(generator):
     last = smc(linear(), 30, generator=generator, chains=600)
     forgotten = (last.log_weights - last.log_weights.logsumexp(1, keepdim=True)).exp().sum(1)
     assert not within((forgotten.log() - exact).exp() + 1e-9 * torch.rand(600, generator=generator), 1.0)
+
+
+def test_local_moves_are_valid_and_leave_the_past_as_it_is(generator):
+    exact = kalman()
+    for options in ({}, {"sites": "all", "drift": 0.5}):
+        found = rmsmc(linear(), 30, 7, mh_steps=2, local=True, generator=generator, chains=500, **options)
+        assert within((found.log_evidence() - exact.log_likelihood).exp(), 1.0)
+        mean = found.unnormalized_expect(lambda x: x) / exact.log_likelihood.exp()
+        assert within(mean, exact.mean[0, -1, 0].item())
+    mass = float(sum(hmm_measure(OBSERVED).values()))
+    local = rmsmc(hidden_chain(), 10, 3, local=True, generator=generator, chains=800)
+    assert within(local.log_evidence().exp(), mass)
+    now = begin(hidden_chain(), (3, 50), Numbers(generator), keep=True)
+    once = frozen(now)
+    assert (once.noise.shape[2], once.since, once.log_density.abs().max().item()) == (0, 1, 0.0)
+    later = onward(hidden_chain(), once, Numbers(generator))
+    state, density = replayed(hidden_chain(), later.noise, later.since, later.fixed)
+    assert torch.equal(state, later.state)
+    assert torch.equal(density, later.log_density)
+    assert torch.equal(later.fixed, now.state)
+    picked = later.reindexed(torch.zeros(3, 50, dtype=torch.int64), later.log_weights)  # the past goes along
+    assert bool((picked.fixed == now.state[:, :1]).all())
+
+
+def test_local_moves_of_the_newest_choice_have_its_conditional_law():
+    """From one past of two, many moves of what came after have the posterior given that past, and no other."""
+    model, generator = hidden_chain(), torch.Generator().manual_seed(2)
+    now = frozen(begin(model, (1, 4000), Numbers(generator), keep=True))
+    now = onward(model, now, Numbers(generator))
+    for _ in range(12):
+        now, _ = _move(RMSMC(1, 1), model, now, Numbers(generator))
+    for past, stays in ((True, 0.75), (False, 0.25)):
+        newest = now.state[now.fixed == past].double()
+        one, other = stays * 0.25, (1 - stays) * 0.75  # OBSERVED[1] is 0
+        share = one / (one + other)
+        assert abs(newest.mean().item() - share) < 6 * math.sqrt(share * (1 - share) / len(newest))
+        whole = 0.75 * one / (0.75 * one + 0.25 * other)
+        assert abs(newest.mean().item() - whole) > 6 * math.sqrt(whole * (1 - whole) / len(newest))  # another answer
 
 
 def test_exact_masses_of_a_hidden_chain(generator):

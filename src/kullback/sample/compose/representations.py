@@ -253,7 +253,8 @@ class Enum(Representation):
         loose: Outcomes = []
         for value, weight in outcomes:
             try:
-                found[value] = found[value] + weight if value in found else weight
+                known = found.get(value)  # hashing rationals takes long
+                found[value] = weight if known is None else known + weight
             except TypeError:  # not hashable
                 loose.append((value, weight))
             if len(found) + len(loose) > self.limit:

@@ -94,12 +94,23 @@ class Steps:
 
 def gathered(state: Any, index: Tensor) -> Any:
     """A state [R, n, ...] with the particles index [R, m] of each chain."""
+    if index.shape[0] == 1:
+        flat = index[0]
+        return _selected(state, lambda part: part.index_select(1, flat))
+    rows = torch.arange(len(index), device=index.device).unsqueeze(1)
+
+    def taken(part: Tensor) -> Tensor:
+        # a copy of whole rows takes a third of the time of an index by two tensors
+        found = part.flatten(0, 1).index_select(0, (rows * part.shape[1] + index).flatten())
+        return found.view(*index.shape, *part.shape[2:])
+
+    return _selected(state, taken)
+
+
+def _selected(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, Tensor):
-        if index.shape[0] == 1:
-            return state.index_select(1, index[0])
-        rows = torch.arange(len(index), device=index.device).unsqueeze(1)
-        return state[rows, index]
-    return _mapped(state, lambda part: gathered(part, index))
+        return function(state)
+    return _mapped(state, lambda part: _selected(part, function))
 
 
 def _mapped(state: Any, function: Callable[[Any], Any]) -> Any:
