@@ -118,7 +118,7 @@ def test_one_seed_of_reduced_size_and_its_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SAMPLES", 500)
     monkeypatch.setattr(study, "TEXT_SAMPLES", 200)
     monkeypatch.setattr(study, "TEXT_TEACHER_STEPS", 60)
-    monkeypatch.setattr(study, "TEXT_STEPS", 20)
+    monkeypatch.setattr(study, "TEXT_SETTINGS", {**study.TEXT_SETTINGS, "iterations": 20, "discriminator_first": 10})
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=1))
     card = tomllib.loads(resources.files("kullback.papers.didi").joinpath("card.toml").read_text())
     assert {claim["metric"] for claim in card["claims"]} <= set(report.metrics)

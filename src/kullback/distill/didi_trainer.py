@@ -165,10 +165,12 @@ class DiDiTrainer:
         times = n // now.group if now.tau_shared else n
         tau = sample_times(times, beta=now.beta, clip=now.tau_clip, generator=self.generator)
         tau = tau.repeat_interleave(n // times)
-        way = two_step_trajectory(
-            self.student, start, tau, schedule=self.schedule, mask_id=self.mask_id, generator=self.generator,
-            kind=now.trajectory, remask=now.remask,
-        )  # fmt: skip
+        moves = self.steps >= now.discriminator_first and (self.steps + 1) % now.student_every == 0
+        with torch.set_grad_enabled(moves):
+            way = two_step_trajectory(
+                self.student, start, tau, schedule=self.schedule, mask_id=self.mask_id, generator=self.generator,
+                kind=now.trajectory, remask=now.remask,
+            )  # fmt: skip
         level = tau if now.coupled else sample_times(n, clip=now.tau_clip, generator=self.generator)
         fake = self._corrupted(way.x, level, start)
         real_level = level if now.coupled else sample_times(n, clip=now.tau_clip, generator=self.generator)
@@ -182,7 +184,7 @@ class DiDiTrainer:
             rewards = density_ratio_reward(logits, fake == self.mask_id, clip=now.reward_clip, smoothing=smoothing)
         found |= {"reward": float(rewards.mean()), "reward_deviation": float(rewards.std())}
         self.steps += 1
-        if self.steps > now.discriminator_first and self.steps % now.student_every == 0:
+        if moves:
             found |= self._move_student(way, rewards, level, tau)
         return found
 

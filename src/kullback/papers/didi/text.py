@@ -50,7 +50,7 @@ class Judge(NamedTuple):
     def counted(cls, text: Tensor) -> Judge:
         """The counts of a text; each order's are mixed with the order below by the number of kinds that followed."""
         below = torch.full((len(LETTERS),), 1.0 / len(LETTERS), dtype=torch.float64)
-        tables = []
+        tables: list[Tensor] = []
         for order in range(1, ORDER + 1):
             counts = _counts(text, order)
             kinds = (counts > 0).sum(-1, keepdim=True)
