@@ -15,7 +15,7 @@ from kullback.align.unlearn import (
 )
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.rng import generator
-from kullback.models.ensemble import EnsembleMLP, train_ensemble
+from kullback.models.ensemble import EnsembleMLP, StackedEnsemble, _by_autograd, _by_hand, train_ensemble
 
 OTHERS = {"descent": gradient_descent, "ascent": gradient_ascent, "both": gradient_descent_ascent, "scrub": scrub}
 
@@ -87,8 +87,9 @@ def test_the_other_ways_move_as_they_say(name):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_an_ensemble_is_many_single_models():
+def test_an_ensemble_is_many_single_models(monkeypatch):
     draw = generator(3, "ensemble")
+    monkeypatch.setattr("kullback.models.ensemble._TOGETHER", 2)
     ensemble = EnsembleMLP(3, (5, 7, 2), generator=draw, dtype=torch.float64)
     singles = []
     for place in range(3):
@@ -110,6 +111,47 @@ def test_an_ensemble_is_many_single_models():
     together = datamodel_matching(ensemble, given, targets, generator=generator(4), **options)
     alone = datamodel_matching(singles[2], given, targets[2:], generator=generator(4), **options)
     torch.testing.assert_close(alone(given.inputs)[0], together(given.inputs)[2], atol=1e-6, rtol=0)
+
+
+def test_gradients_by_hand_are_those_of_autograd():
+    given = problem()
+    share = torch.rand(3, 60, generator=generator(5, "share"), dtype=torch.float64)
+    for inputs in (given.inputs, given.inputs + torch.arange(3.0).view(3, 1, 1)):
+        ensemble = EnsembleMLP(3, (5, 7, 6, 2), generator=generator(6), dtype=torch.float64)
+        _by_hand(ensemble.weights, ensemble.biases, inputs, given.labels, share)
+        found = [p.grad.clone() for p in ensemble.parameters()]
+        _by_autograd(ensemble, inputs, given.labels, share)
+        for mine, p in zip(found, ensemble.parameters(), strict=True):
+            torch.testing.assert_close(mine, p.grad, atol=1e-12, rtol=0)
+    _by_hand(ensemble.weights, ensemble.biases, inputs, 1 - given.labels, share)
+    assert not torch.allclose(ensemble.weights[0].grad, found[0])
+
+
+def test_stacked_modules_are_many_single_ones():
+    given = problem()
+    singles = [nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double() for _ in range(3)]
+    for place, single in enumerate(singles):
+        with torch.no_grad():
+            for number, p in enumerate(single.parameters()):
+                p.copy_(torch.randn(p.shape, generator=generator(place, "single", number), dtype=torch.float64))
+    ensemble = StackedEnsemble(singles)
+    torch.testing.assert_close(ensemble(given.inputs)[1], singles[1](given.inputs), atol=1e-12, rtol=0)
+    weights = torch.ones(3, 60)
+    weights[2, :30] = 0.0
+    train_ensemble(ensemble, given.inputs, given.labels, weights=weights, steps=30)
+    optimizer = torch.optim.AdamW(singles[2].parameters(), lr=1e-2, weight_decay=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(singles[2](given.inputs[30:]), given.labels[30:]).backward()
+        optimizer.step()
+    torch.testing.assert_close(ensemble(given.inputs)[2], singles[2](given.inputs), atol=1e-6, rtol=0)
+    targets = ensemble(given.inputs).detach() + 0.5
+    matched = datamodel_matching(ensemble, given, targets, generator=generator(4), epochs=30, learning_rate=1e-2)
+    assert (matched(given.inputs) - targets).square().mean() < 0.5 * 0.5**2
+    with pytest.raises(ConfigError, match="same names"):
+        StackedEnsemble([nn.Linear(5, 2), nn.Linear(5, 3)])
+    with pytest.raises(ConfigError, match="buffers"):
+        StackedEnsemble([nn.Sequential(nn.Linear(5, 2), nn.BatchNorm1d(2))])
 
 
 def test_bad_input():

@@ -1,10 +1,16 @@
-"""Many small networks trained at once: multilayer perceptrons whose weights have a leading dimension."""
+"""Many small networks trained at once: weights with a leading dimension, one product for all models of a layer.
+
+Perceptrons are trained with gradients written out by hand, examples in the last dimension: without a graph, and with
+the first layers of all models as one product. Modules of any other kind are stacked and mapped over.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +18,12 @@ from torch.nn import functional
 
 from kullback.core.errors import ConfigError, ShapeError
 
-__all__ = ["EnsembleMLP", "train_ensemble"]
+__all__ = ["EnsembleMLP", "StackedEnsemble", "train_ensemble"]
+
+
+_TOGETHER = 50  # models whose activations stay in a processor's cache
+
+Ensemble = TypeVar("Ensemble", "EnsembleMLP", "StackedEnsemble")
 
 
 class EnsembleMLP(nn.Module):
@@ -46,8 +57,42 @@ class EnsembleMLP(nn.Module):
         return hidden
 
 
+class StackedEnsemble(nn.Module):
+    """Modules of one structure, from inputs [n, ...] to logits [n, C], as an ensemble: inputs to logits [count, n, C].
+
+    Parameters are copied and stacked, and the first module's code is mapped over them. Raises ConfigError for modules
+    that differ in their parameters, or that hold buffers, as batch normalisation does: they would have to be shared.
+
+    >>> StackedEnsemble([nn.Linear(4, 2) for _ in range(3)])(torch.zeros(5, 4)).shape
+    torch.Size([3, 5, 2])
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        shapes = [{name: tuple(p.shape) for name, p in module.named_parameters()} for module in modules]
+        if not shapes or not shapes[0] or any(other != shapes[0] for other in shapes):
+            raise ConfigError("an ensemble stacks modules with parameters of the same names and shapes, one at least")
+        if any(True for module in modules for _ in module.buffers()):
+            raise ConfigError("modules with buffers cannot be stacked: use a norm without running statistics")
+        self.count = len(modules)
+        self.stacked = nn.ParameterList()
+        for name in shapes[0]:
+            self.stacked.append(nn.Parameter(torch.stack([m.get_parameter(name).detach() for m in modules])))
+        self._names = tuple(shapes[0])
+        self._code = [copy.deepcopy(modules[0]).to("meta")]  # in a list, so that its parameters are not this module's
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [count, n, C]."""
+
+        def one(parameters: Mapping[str, Tensor]) -> Tensor:
+            found: Tensor = torch.func.functional_call(self._code[0], dict(parameters), (inputs,))
+            return found
+
+        return torch.func.vmap(one)(dict(zip(self._names, self.stacked, strict=True)))
+
+
 def train_ensemble(
-    ensemble: EnsembleMLP,
+    ensemble: Ensemble,
     inputs: Tensor,
     labels: Tensor,
     *,
@@ -55,7 +100,7 @@ def train_ensemble(
     steps: int = 120,
     learning_rate: float = 1e-2,
     weight_decay: float = 0.01,
-) -> EnsembleMLP:
+) -> Ensemble:
     """Train every model by AdamW on all its data at once; returns the ensemble.
 
     inputs [n, D], labels [n], weights [count, n]: of each example in each model's mean loss (0 leaves it out), ones by
@@ -68,11 +113,60 @@ def train_ensemble(
     if not (chosen.sum(1) > 0).all():
         raise ConfigError("a model without a single example cannot be trained: give each some weight")
     share = chosen / chosen.sum(1, keepdim=True)
-    optimizer = torch.optim.AdamW(ensemble.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    targets = labels.expand(shape)
-    for _ in range(steps):
-        losses = functional.cross_entropy(ensemble(inputs).flatten(0, 1), targets.flatten(), reduction="none")
-        optimizer.zero_grad()
-        (losses.view(shape) * share).sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
+    if isinstance(ensemble, StackedEnsemble):
+        optimizer = torch.optim.AdamW(ensemble.parameters(), **options)  # type: ignore[arg-type]
+        for _ in range(steps):
+            _by_autograd(ensemble, inputs, labels, share)
+            optimizer.step()
+        return ensemble
+    for start in range(0, ensemble.count, _TOGETHER):
+        rows = slice(start, start + _TOGETHER)
+        own = [nn.Parameter(p.data[rows]) for p in ensemble.weights]
+        biases = [nn.Parameter(p.data[rows]) for p in ensemble.biases]
+        given = inputs if inputs.ndim == 2 else inputs[rows]
+        optimizer = torch.optim.AdamW([*own, *biases], **options)  # type: ignore[arg-type]
+        for _ in range(steps):
+            _by_hand(own, biases, given, labels, share[rows])
+            optimizer.step()
     return ensemble
+
+
+def _by_autograd(ensemble: nn.Module, inputs: Tensor, labels: Tensor, share: Tensor) -> None:
+    """Set the gradients of the weighted cross-entropy."""
+    losses = functional.cross_entropy(ensemble(inputs).transpose(1, 2), labels.expand_as(share), reduction="none")
+    ensemble.zero_grad()
+    (losses * share).sum().backward()  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _by_hand(
+    all_weights: Sequence[Tensor], all_biases: Sequence[Tensor], inputs: Tensor, labels: Tensor, share: Tensor
+) -> None:
+    """The same, layer by layer; activations are [count, width, n]."""
+    (*weights, top), (*biases, top_bias) = all_weights, all_biases
+    entering = inputs.T if inputs.ndim == 2 else inputs.transpose(1, 2)
+    activations = [entering]
+    for weight, bias in zip(weights, biases, strict=True):
+        entering = _layer(weight, bias, entering).relu_()
+        activations.append(entering)
+    wrong = _layer(top, top_bias, entering).softmax(1)
+    wrong.scatter_add_(1, labels.expand(len(top), 1, -1), wrong.new_full((), -1.0).expand(len(top), 1, len(labels)))
+    wrong *= share.to(wrong.dtype).unsqueeze(1)
+    layers = list(zip(all_weights, all_biases, activations, strict=True))
+    for place, (weight, bias, entering) in reversed(list(enumerate(layers))):
+        bias.grad = wrong.sum(2).unsqueeze(1)
+        if entering.ndim == 2:
+            weight.grad = (wrong.flatten(0, 1) @ entering.T).view(len(top), -1, len(entering)).transpose(1, 2)
+        else:
+            weight.grad = entering @ wrong.transpose(1, 2)
+        if place:
+            wrong = (weight @ wrong).mul_(entering.sign_())
+
+
+def _layer(weight: Tensor, bias: Tensor, entering: Tensor) -> Tensor:
+    """[count, out, n] of what enters, [count, in, n], or [in, n] for all models alike."""
+    turned = weight.transpose(1, 2)
+    if entering.ndim == 3:
+        return torch.baddbmm(bias.transpose(1, 2), turned, entering)
+    return torch.addmm(bias.reshape(-1, 1), turned.flatten(0, 1), entering).view(len(weight), -1, entering.shape[1])
