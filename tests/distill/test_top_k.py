@@ -14,9 +14,10 @@ from kullback.distill.top_k import (
     sample_tail,
     sampled_divergence,
     top_k_divergence,
+    truncated_cauchy_schwarz,
     truncation_bound,
 )
-from kullback.divergences import F_NAMES, f_divergence, jsd, kl, reverse_kl, total_variation
+from kullback.divergences import F_NAMES, cauchy_schwarz, f_divergence, jsd, kl, reverse_kl, total_variation
 
 
 def _pair(seed: int, vocabulary: int, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +111,43 @@ def test_drawn_tokens_give_the_whole_divergence_and_gradient_on_average(name):
     torch.testing.assert_close(found, wanted)
     coarse = top_k_divergence(divergence, *kept, logits.log_softmax(-1)).sum()
     assert abs(coarse - expected) > 1e-3, "without them it would not: the check can tell"
+
+
+def _slope(loss, logits):
+    return torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0].flatten()
+
+
+def test_cauchy_schwarz_keeps_its_gradient_where_one_bin_for_the_tail_does_not():
+    log_p, logits = _pair(8, 400, scale=3.0)
+    logits = logits.clone().requires_grad_()
+    log_q, kept = logits.log_softmax(-1), keep_top(log_p, 20)
+    tail_ids, tail_log_probs = sample_tail(log_p, kept[0], 8, torch.Generator().manual_seed(2))
+    assert 0.05 < kept[2].exp().mean() < 0.4
+    wanted = _slope(cauchy_schwarz(log_p, log_q), logits)
+    for drawn, least in ({}, 0.95), ({"tail_ids": tail_ids, "tail_log_probs": tail_log_probs}, 0.85):
+        found = truncated_cauchy_schwarz(*kept, log_q, **drawn)
+        assert torch.cosine_similarity(_slope(found, logits), wanted, 0) > least
+        torch.testing.assert_close(found, cauchy_schwarz(log_p, log_q), rtol=0.1, atol=0.0)
+    coarse = _slope(top_k_divergence(cauchy_schwarz, *kept, log_q), logits)
+    assert torch.cosine_similarity(coarse, wanted, 0) < 0.5
+
+
+def test_cauchy_schwarz_is_exact_with_all_tokens_but_one_and_its_sums_are_unbiased():
+    log_p, log_q = _pair(9, 9)
+    whole = cauchy_schwarz(log_p, log_q)
+    torch.testing.assert_close(truncated_cauchy_schwarz(*keep_top(log_p, 8), log_q), whole)
+    kept, square_q, cross, square_p = keep_top(log_p, 4), (2 * log_q).logsumexp(-1), 0.0, 0.0
+    for rank in range(4, 9):  # every token that could be drawn, by its chance of it
+        token = log_p.argsort(-1, descending=True)[:, rank : rank + 1]
+        chance = (log_p.gather(-1, token).squeeze(-1) - kept[2]).exp()
+        drawn = {"tail_ids": token, "tail_log_probs": log_p.gather(-1, token)}
+        alike = truncated_cauchy_schwarz(*kept, log_p, **drawn)  # log sum p^2 in the estimate and whole, less the cross
+        of_pair = truncated_cauchy_schwarz(*kept, log_q, **drawn)
+        own = torch.cat([2 * kept[1], kept[2].unsqueeze(-1) + drawn["tail_log_probs"]], -1).logsumexp(-1)
+        square_p, cross = square_p + chance * own.exp(), cross + chance * ((own + square_q - of_pair) / 2).exp()
+        torch.testing.assert_close(alike, (2 * log_p).logsumexp(-1) - own)
+    torch.testing.assert_close(square_p, (2 * log_p).exp().sum(-1))
+    torch.testing.assert_close(cross, (log_p + log_q).exp().sum(-1))
 
 
 def test_tokens_are_drawn_from_the_tail_alone_and_in_proportion():

@@ -16,8 +16,8 @@ from torch import Tensor
 from kullback.core.chunk import LinearHead, RowLoss, rows_chunked
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.types import Divergence, TeacherOutput
-from kullback.distill.top_k import sampled_divergence, top_k_divergence
-from kullback.divergences import FDivergence
+from kullback.distill.top_k import sampled_divergence, top_k_divergence, truncated_cauchy_schwarz
+from kullback.divergences import FDivergence, cauchy_schwarz
 
 __all__ = ["Objective"]
 
@@ -164,6 +164,9 @@ class Objective:
         if target.top_log_probs is None or target.tail_log_prob is None:
             raise ConfigError("a truncated teacher gives top_ids, top_log_probs and tail_log_prob together")
         top = target.top_ids[rows], target.top_log_probs[rows], target.tail_log_prob[rows]
+        if self.divergence is cauchy_schwarz:
+            ids, values = (None if drawn is None else drawn[rows] for drawn in (target.tail_ids, target.tail_log_probs))
+            return truncated_cauchy_schwarz(*top, log_q, tail_ids=ids, tail_log_probs=values)
         if target.tail_ids is None or target.tail_log_probs is None or not isinstance(self.divergence, FDivergence):
             return top_k_divergence(self.divergence, *top, log_q)
         return sampled_divergence(self.divergence, *top, target.tail_ids[rows], target.tail_log_probs[rows], log_q)

@@ -8,6 +8,9 @@ the result never exceeds the full f-divergence; for the forward KL the differenc
 because no tail token is likelier than p_K, the least likely token kept. Tokens drawn from the tail take that loss away
 on average: the part of an f-divergence that lies in the tail is the mean over them of p_tail q f(p/q) / p.
 
+Cauchy-Schwarz is no f-divergence, and one bin for the tail is far from it: sum p q over many rare tokens is next to
+nothing, and the product of their sums is not. Its two sums with p are taken over the tail too, from the tokens drawn.
+
 Shapes: K tokens kept, M tokens drawn, V vocabulary.
 """
 
@@ -22,7 +25,10 @@ from kullback.core.errors import ShapeError
 from kullback.core.types import Divergence
 from kullback.divergences import FDivergence
 
-__all__ = ["coarsen", "keep_top", "sample_tail", "sampled_divergence", "top_k_divergence", "truncation_bound"]
+__all__ = [
+    "coarsen", "keep_top", "sample_tail", "sampled_divergence", "top_k_divergence", "truncated_cauchy_schwarz",
+    "truncation_bound",
+]  # fmt: skip
 
 
 def keep_top(log_p: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +114,41 @@ def sampled_divergence(
     inside = _terms(divergence, top, log_q.gather(-1, ids)).sum(-1)
     outside = _terms(divergence, drawn, log_q.gather(-1, tail_ids)) * (tail - drawn).exp()
     return inside + outside.mean(-1)
+
+
+def truncated_cauchy_schwarz(
+    ids: Tensor,
+    top_log_probs: Tensor,
+    tail_log_prob: Tensor,
+    log_q: Tensor,
+    *,
+    tail_ids: Tensor | None = None,
+    tail_log_probs: Tensor | None = None,
+) -> Tensor:
+    """log sum p^2 + log sum q^2 - 2 log sum p q [...] of a truncated teacher and log_q [..., V], in nats.
+
+    What lies in the tail of sum p q and sum p^2 is the mean over the drawn tokens [..., M] of p_tail q and p_tail p,
+    unbiased; without them p counts as uniform there. sum q^2 is whole. Exact where all tokens but one are kept; else
+    the value may be below 0. Arguments as in `sampled_divergence`.
+
+    >>> from kullback.divergences import cauchy_schwarz
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> truncated_cauchy_schwarz(*keep_top(p, 2), q), cauchy_schwarz(p, q)
+    (tensor(0.4870), tensor(0.4870))
+    """
+    _check_tokens(ids, log_q)
+    tail = tail_log_prob.unsqueeze(-1)
+    total = torch.logaddexp(top_log_probs.logsumexp(-1, keepdim=True), tail)
+    top, tail = (top_log_probs - total).to(log_q.dtype), (tail - total).to(log_q.dtype)
+    if tail_ids is None or tail_log_probs is None:
+        rest = math.log(max(log_q.shape[-1] - ids.shape[-1], 1))
+        own, other = tail - rest, _rest(log_q, ids).unsqueeze(-1) - rest
+    else:
+        _check_tokens(tail_ids, log_q)
+        rest = math.log(tail_ids.shape[-1])
+        own, other = (tail_log_probs - total).to(log_q.dtype) - rest, log_q.gather(-1, tail_ids) - rest
+    cross = torch.cat([top + log_q.gather(-1, ids), tail + other], -1).logsumexp(-1)
+    return torch.cat([2.0 * top, tail + own], -1).logsumexp(-1) + (2.0 * log_q).logsumexp(-1) - 2.0 * cross
 
 
 def _terms(divergence: FDivergence, log_p: Tensor, log_q: Tensor) -> Tensor:
