@@ -175,6 +175,51 @@ def test_prompts_are_kept_and_transformers_are_distilled(generator):
     assert (seen[0][:, 2:] == 3).any()
 
 
+class Elsewhere(nn.Module):
+    """A teacher on a device without data, which passes on what it was asked with, and answers in zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+        self.seen = []
+
+    def at(self, z, t, places):
+        self.seen.append({z.device.type, t.device.type, places.device.type})
+        return Here(int(z.shape[0] * z.shape[1]))
+
+
+class Here:
+    """What comes back to the device of the input."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def to(self, device):
+        assert device.type == "cpu"
+        return torch.zeros(self.rows, SYMBOLS)
+
+
+def test_a_teacher_may_rest_on_another_device():
+    trainer = parts(reference="teacher", reference_steps=1)
+    trainer.teacher = Elsewhere()
+    trainer._taught.model = trainer.teacher
+    trainer._reference(torch.full((64, LENGTH), MASK))
+    assert trainer.teacher.seen
+    assert all(devices == {"meta"} for devices in trainer.teacher.seen)
+
+
+def test_steps_before_the_student_moves_keep_no_graph(monkeypatch):
+    kept = []
+    from kullback.distill import didi_trainer
+
+    plain = didi_trainer.two_step_trajectory
+    monkeypatch.setattr(didi_trainer, "two_step_trajectory", lambda *a, **k: kept.append(plain(*a, **k)) or kept[-1])
+    trainer = parts(discriminator_first=2, student_every=2)
+    for x in first(4, LAW, 64):
+        trainer.step(x)
+    assert [way.log_prob.requires_grad for way in kept] == [False, False, False, True]
+
+
 def test_what_is_refused():
     trainer = parts()
     with pytest.raises(ConfigError, match='reference="data"'):

@@ -103,12 +103,26 @@ class DiDiSettings:
             raise ConfigError(f"remask is a share in [0, 1) and is {self.remask}")
 
 
+class _Resting:
+    """A denoiser that may rest on another device than its input: its logits come back to that of the input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.at(z, t, torch.ones_like(z, dtype=torch.bool)).view(*z.shape, -1)
+
+    def at(self, z: Tensor, t: Tensor, places: Tensor) -> Tensor:
+        device = next(self.model.parameters(), z).device
+        return logits_at(self.model, z.to(device), t.to(device), places.to(device)).to(z.device)
+
+
 class DiDiTrainer:
     """Distils `teacher` into `student`, a copy of it by default, by `step`; `ema` is the student to keep.
 
     teacher, student: z [b, L], t [b] to logits [b, L, V]; the teacher is called for its KL terms and as a reference
-    only. discriminator: z, t to logits [b, L], as `TokenDiscriminator`. length: L. All randomness is the generator's,
-    which is on the device of the models.
+    only, and may rest on another device. discriminator: z, t to logits [b, L], as `TokenDiscriminator`. length: L. All
+    randomness is the generator's, which is on the device of the models.
     Under data parallelism each process steps on its own sequences, and gradients are averaged.
     """
 
@@ -127,6 +141,7 @@ class DiDiTrainer:
         self.settings, self.mask_id, self.length, self.generator = settings, mask_id, length, generator
         self.student = copy.deepcopy(teacher if student is None else student).requires_grad_().train()
         self.teacher, self.discriminator = teacher.eval(), discriminator.train()
+        self._taught = _Resting(self.teacher)
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.schedule: Schedule = LogLinearSchedule() if schedule is None else schedule
         learning = [value for value in discriminator.parameters() if value.requires_grad]
@@ -194,9 +209,9 @@ class DiDiTrainer:
 
     def _reference(self, start: Tensor) -> Tensor:
         sampler = AncestralSampler(
-            self.teacher, steps=self.settings.reference_steps, mask_id=self.mask_id, schedule=self.schedule
+            self._taught, steps=self.settings.reference_steps, mask_id=self.mask_id, schedule=self.schedule
         )
-        return sampler.run(*start.shape, generator=self.generator, prompt=start)
+        return sampler.run(*start.shape, generator=self.generator, prompt=start, device=start.device)
 
     def _teach_discriminator(self, real: Tensor, fake: Tensor, real_t: Tensor, fake_t: Tensor) -> dict[str, float]:
         now = self.settings
@@ -234,8 +249,7 @@ class DiDiTrainer:
             if bool(masked.all()):  # all rows are alike
                 z, t, masked, student = z[:1], t[:1], masked[:1], student[: z.shape[1]]
             with torch.no_grad():
-                logits = logits_at(self.teacher, z, t.float(), masked)
-                taught = without_mask(logits, self.mask_id).log_softmax(-1)
+                taught = without_mask(self._taught.at(z, t.float(), masked), self.mask_id).log_softmax(-1)
             total = total + weight * matching_kl(taught, student, mix=now.kl_mix)
         return total
 
