@@ -26,16 +26,19 @@ def test_a_seed_gives_the_same_world_whatever_else_is_drawn():
 def test_every_student_has_its_own_loss(generator):
     taught = 2 * torch.randn(5, study.CLASSES, generator=generator)
     labels = torch.randint(study.CLASSES, (5,), generator=generator)
-    students = len(study.RANKED) + len(study.TUNED)
+    students = len(study.RANKED) + 1 + len(study.TUNED)
     logits = torch.randn(students, 5, study.CLASSES, generator=generator, requires_grad=True)
     rows = torch.tensor([4, 1, 2])
     (found,) = torch.autograd.grad(study.losses_of(taught, labels)(rows, logits[:, rows]), logits)
     own = labels[rows]
     listmle = PLDLoss(weights=torch.ones(study.CLASSES))
     wanted = [F.cross_entropy(logits[0, rows], own), listmle(taught[rows], logits[1, rows], own)]
-    for place, temperature in enumerate(study.TEMPERATURES, 2):
+    for place, kind in ((2, "position"), (3, "position_teacher")):
+        wanted.append(PLDLoss(weights=kind)(taught[rows], logits[place, rows], own))
+    for place, temperature in enumerate(study.TEMPERATURES, 4):
         wanted.append(PLDLoss(temperature=temperature)(taught[rows], logits[place, rows], own))
-    for place, kd in enumerate(study.TUNED, len(study.RANKED)):
+    wanted.append(study.dist_loss(taught[rows], logits[len(study.RANKED), rows], own))
+    for place, kd in enumerate(study.TUNED, len(study.RANKED) + 1):
         soft = F.kl_div(
             (logits[place, rows] / kd.temperature).log_softmax(-1), (taught[rows] / kd.temperature).softmax(-1),
             reduction="batchmean",
@@ -44,6 +47,16 @@ def test_every_student_has_its_own_loss(generator):
         wanted.append((1 - kd.weight) * kd.temperature**2 * soft + kd.weight * hard)
     (right,) = torch.autograd.grad(torch.stack(wanted).sum(), logits)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+def test_dist_is_one_less_the_correlations(generator):
+    teacher, student = torch.randn(2, 6, 4, generator=generator)
+    labels = torch.randint(4, (6,), generator=generator)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    rows = torch.stack([torch.corrcoef(torch.stack([p[i], q[i]]))[0, 1] for i in range(6)])
+    columns = torch.stack([torch.corrcoef(torch.stack([p[:, i], q[:, i]]))[0, 1] for i in range(4)])
+    right = 0.1 * F.cross_entropy(student, labels) + 0.45 * (1 - rows.mean()) + 0.45 * (1 - columns.mean())
+    torch.testing.assert_close(study.dist_loss(teacher, student, labels), right)
 
 
 def test_side_by_side_is_one_by_one():

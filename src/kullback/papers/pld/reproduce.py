@@ -43,7 +43,8 @@ class KD(NamedTuple):
     weight: float
 
 
-RANKED = ("CE", "ListMLE", *(f"PLD {temperature:g}" for temperature in TEMPERATURES))
+RANKED = ("CE", "ListMLE", "p-ListMLE", "p-ListMLE, teacher", *(f"PLD {temperature:g}" for temperature in TEMPERATURES))
+DIST = (0.1, 0.45, 0.45)  # the paper's weights of cross-entropy and of the relations in a row and in a column
 TUNED = [KD(temperature, weight) for temperature in KD_TEMPERATURES for weight in KD_WEIGHTS]
 
 
@@ -121,10 +122,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> list[float]:
     return [100 * value for value in (logits.argmax(-1) == labels).double().mean(-1).tolist()]
 
 
+def dist_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """DIST (arXiv 2205.10536) of logits [n, V]: how far rows and columns of probabilities are from correlating."""
+
+    def apart(p: Tensor, q: Tensor) -> Tensor:
+        return 1.0 - torch.cosine_similarity(p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True), -1).mean()
+
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    parts = (torch.nn.functional.cross_entropy(student, labels), apart(p, q), apart(p.T, q.T))
+    return sum((weight * part for weight, part in zip(DIST, parts, strict=True)), torch.zeros(()))
+
+
 def losses_of(taught: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The sum over all students of their losses: those with a ranking first, in the order of RANKED, then TUNED."""
-    kinds = ["ce", torch.ones(CLASSES), *(["teacher"] * len(TEMPERATURES))]
-    temperatures = [1.0, 1.0, *TEMPERATURES]
+    """The sum over all students of their losses: those with a ranking as in RANKED, then DIST, then those of TUNED."""
+    kinds = ["ce", torch.ones(CLASSES), "position", "position_teacher", *(["teacher"] * len(TEMPERATURES))]
+    temperatures = [1.0] * (len(kinds) - len(TEMPERATURES)) + list(TEMPERATURES)
     rankings = [
         ranking_of(taught, labels, temperature=temperature, weights=kind)  # type: ignore[arg-type]
         for kind, temperature in zip(kinds, temperatures, strict=True)
@@ -135,13 +147,14 @@ def losses_of(taught: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tens
     targets = {temperature: (taught / temperature).softmax(-1) for temperature in KD_TEMPERATURES}
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
-        ranked, tuned = logits[: len(RANKED)], logits[len(RANKED) :]
+        ranked, related, tuned = logits[: len(RANKED)], logits[len(RANKED)], logits[len(RANKED) + 1 :]
         listwise = listwise_loss(ranked, order[rows].expand(len(RANKED), -1, -1), by_rank[:, rows])
         soft = torch.stack([targets[kd.temperature][rows] for kd in TUNED])
         distance = (soft * (soft.log() - (tuned / heat).log_softmax(-1))).sum(-1)
         own = labels[rows].expand(len(TUNED), -1).unsqueeze(-1)
         hard = -tuned.log_softmax(-1).gather(-1, own).squeeze(-1)
-        return listwise.mean(-1).sum() + ((1 - share) * heat.squeeze(-1) ** 2 * distance + share * hard).mean(-1).sum()
+        distilled = ((1 - share) * heat.squeeze(-1) ** 2 * distance + share * hard).mean(-1).sum()
+        return listwise.mean(-1).sum() + dist_loss(taught[rows], related, labels[rows]) + distilled
 
     return loss
 
@@ -159,25 +172,28 @@ def reproduce(run: Run) -> Report:
     with torch.no_grad():
         taught, of_teacher = forward(teacher, training.inputs)[0], accuracy(forward(teacher, test.inputs), test.labels)
     run.event("teacher", accuracy=of_teacher[0])
-    students = layers((FEATURES, 32, CLASSES), len(RANKED) + len(TUNED), generator(run.seed, "student"))
+    students = layers((FEATURES, 32, CLASSES), len(RANKED) + 1 + len(TUNED), generator(run.seed, "student"))
     draws = generator(run.seed, "student batches")
     train(students, training.inputs, losses_of(taught, training.labels), draws, STUDENT_RATE)
     with torch.no_grad():
-        tuning = accuracy(forward(students, validation.inputs), validation.labels)[len(RANKED) :]
+        tuning = accuracy(forward(students, validation.inputs), validation.labels)[len(RANKED) + 1 :]
         found = accuracy(forward(students, test.inputs), test.labels)
-    by_name = dict(zip(RANKED, found, strict=False))
+    by_name = dict(zip((*RANKED, "DIST"), found, strict=False))
+    kept = found[len(RANKED) + 1 :]
     best = max(range(len(TUNED)), key=tuning.__getitem__)
     metrics = {
         "gain_over_cross_entropy": by_name["PLD 1"] - by_name["CE"],
         "gain_over_listmle": by_name["PLD 1"] - by_name["ListMLE"],
-        "gain_over_tuned_kd": by_name["PLD 1"] - found[len(RANKED) + best],
-        "gain_over_plain_kd": by_name["PLD 1"] - found[len(RANKED) + TUNED.index(KD(2.0, 0.1))],
+        "gain_over_tuned_kd": by_name["PLD 1"] - kept[best],
+        "gain_over_plain_kd": by_name["PLD 1"] - kept[TUNED.index(KD(2.0, 0.1))],
+        "gain_over_dist": by_name["PLD 1"] - by_name["DIST"],
+        "gain_over_position_listmle": by_name["PLD 1"] - by_name["p-ListMLE"],
     }
     rows = [{"method": "teacher", "accuracy": of_teacher[0]}]
     rows += [{"method": name, "accuracy": value} for name, value in by_name.items()]
     rows += [
         {"method": "KD", "temperature": kd.temperature, "weight": kd.weight, "accuracy": value, "tuned": index == best}
-        for index, (kd, value) in enumerate(zip(TUNED, found[len(RANKED) :], strict=True))
+        for index, (kd, value) in enumerate(zip(TUNED, kept, strict=True))
     ]
     return Report(metrics=metrics, rows=rows)
 
@@ -209,7 +225,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with figure(path, columns=4, size=(3.3, 3.2)) as (heat_axes, weight_axes, pld_axes, kl_axes):
         means, spreads = zip(*(gain(method=f"PLD {temperature:g}") for temperature in TEMPERATURES), strict=True)
         heat_axes.errorbar(TEMPERATURES, means, spreads, marker="o", capsize=3, label="PLD")
-        for color, name in (("C2", "ListMLE"), ("0.4", "teacher")):
+        for color, name in (("C2", "ListMLE"), ("C5", "p-ListMLE"), ("C1", "DIST"), ("0.4", "teacher")):
             heat_axes.axhline(gain(method=name)[0], color=color, linestyle="--", label=name)
         weight_axes.axhline(gain(method="PLD 1")[0], color="C0", label="PLD at temperature 1: no weight")
         for color, temperature in zip(("C3", "C4"), KD_TEMPERATURES, strict=True):
@@ -227,6 +243,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         weight_axes.set(xlabel="weight of cross-entropy in KD", title="mean and deviation over seeds")
         heat_axes.set(title="the same seed's student from labels is 0")
         for axes in (heat_axes, weight_axes):
-            axes.set(ylim=(-1.0, 5.5))
+            axes.set(ylim=(-1.0, 6.0))
             axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
-            axes.legend(frameon=False, fontsize=8, loc="upper right")
+            axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2 if axes is heat_axes else 1)
