@@ -16,6 +16,7 @@ from kullback.sample.fkc import (
     systematic_resample,
 )
 from kullback.sample.fkc_discrete import DiscreteFKCInfo, DiscreteFKCState, discrete_fkc
+from kullback.sample.fkc_islands import Migration
 from kullback.sample.fkc_paths import EDM, VE, VP, DiffusionPath, gaussian_mixture_path
 from kullback.sample.fkc_targets import Annealed, GeometricMean, LearnedEnergy, ProductOfExperts, RewardTilted
 from kullback.sample.paris import ParisInfo, ParisState, paris
@@ -34,6 +35,7 @@ from kullback.sample.qmc import (
     Sobol,
     integrate,
 )
+from kullback.sample.sample_distances import kernel_distance, wasserstein_distance
 from kullback.sample.score_ascent import score_ascent, score_statistic, stochastic_em
 from kullback.sample.state_space import (
     AdditiveStatistic,
@@ -72,6 +74,7 @@ __all__ = [
     "LearnedEnergy",
     "LinearGaussianModel",
     "LinearGaussianProposal",
+    "Migration",
     "PPGInfo",
     "PPGState",
     "ParisInfo",
@@ -98,6 +101,7 @@ __all__ = [
     "integrate",
     "kalman_paths",
     "kalman_smoother",
+    "kernel_distance",
     "log_normalizer",
     "meaning",
     "mh",
@@ -118,4 +122,5 @@ __all__ = [
     "systematic_resample",
     "train_denoiser",
     "validate",
+    "wasserstein_distance",
 ]

@@ -28,6 +28,7 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.types import Kernel
 from kullback.sample.draws import Generators, normal, uniform
+from kullback.sample.fkc_islands import Migration
 from kullback.sample.fkc_paths import Schedule, Step, steps_of
 from kullback.sample.fkc_targets import Evaluation, Target
 
@@ -52,7 +53,8 @@ class FKCState(NamedTuple):
     """After `step` steps: particles [R, K, *shape], log_weights [R, K] of mean weight 1, log_z [R] since the start.
 
     log_z_start [R]: log of the first particles' mean weight, log Z_0 where all log-densities are normalised, else 0.
-    origins [R, K]: the first particle that each descends from. error [R, K]: the variance gathered by estimated rates.
+    origins [R, K]: the first particle that each descends from, those of island r counted from r K on. error [R, K]: the
+    variance gathered by estimated rates.
     """
 
     step: int
@@ -101,8 +103,7 @@ class FKCResult(NamedTuple):
     @property
     def unique_origins(self) -> Tensor:
         """How many of the first particles have descendants, [R]."""
-        seen = torch.zeros_like(self.origins).scatter_(1, self.origins, 1)
-        return seen.sum(1)
+        return (self.origins.sort(1).values.diff(dim=1) != 0).sum(1) + 1
 
     def resampled(self, *, generator: Generators) -> Tensor:
         """Samples [R, K, *shape] of equal weight."""
@@ -246,6 +247,7 @@ class _Corrector:
     heun: bool
     init: Init
     dtype: torch.dtype
+    migration: Migration | None
 
     def __post_init__(self) -> None:
         if self.resample not in get_args(Resample):
@@ -259,6 +261,8 @@ class _Corrector:
             raise ConfigError(f"ess_threshold is a share of the particles in (0, 1], not {self.ess_threshold}")
         if self.resample != "systematic" and (self.every > 1 or self.ess_threshold is not None):
             raise ConfigError("every and ess_threshold say when to resample systematically: leave them out")
+        if self.resample == "none" and self.migration is not None:
+            raise ConfigError("migration would do nothing where particles are never chosen: leave it out, or resample")
         if not 0.0 <= self.window[0] < self.window[1] <= 1.0:
             raise ConfigError(f"window is two shares of the way, 0 <= begin < end <= 1, not {self.window}")
 
@@ -288,7 +292,7 @@ class _Corrector:
         _check_weights(log_weights, log_z_start, first)
         state = FKCState(
             0, x, log_weights - log_z_start.unsqueeze(1), torch.zeros_like(log_z_start), log_z_start,
-            torch.arange(self.size, device=x.device).repeat(swarms, 1), torch.zeros_like(log_weights),
+            torch.arange(swarms * self.size, device=x.device).view(shape[:2]), torch.zeros_like(log_weights),
         )  # fmt: skip
         if self.resample != "birth_death":
             return state
@@ -350,6 +354,15 @@ class _Corrector:
         kept = torch.where(renew, torch.zeros_like(weights), weights)
         return _taken(state, parents)._replace(log_weights=kept), FKCInfo(effective, grown, parents, clipped)
 
+    def migrated(self, state: FKCState, generator: Generators) -> FKCState:
+        """Islands after an exchange, if it is time for one and not the end."""
+        if self.migration is None or state.step % self.migration.every or state.step == len(self.steps):
+            return state
+        state = self.migration(state)
+        if self.resample != "birth_death":
+            return state
+        return _taken(state, systematic_resample(state.log_weights, generator=generator))
+
 
 def _drift(at: Evaluation) -> Tensor:
     drift = at.gradient if at.drift is None else at.drift
@@ -398,6 +411,7 @@ def fkc(
     heun: bool = False,
     init: Init = "matched",
     dtype: torch.dtype = torch.float64,
+    migration: Migration | None = None,
 ) -> Kernel:
     """A corrected sampler: `init(*, generator, chains=1)`, then num_steps times `step(state, *, generator)`.
 
@@ -406,13 +420,15 @@ def fkc(
     between which weights count at all; outside, scores are mixed and no more, which is a bias, and a way to leave out
     levels where a network fits badly. clip: off; see Stabilisers. heun: a second evaluation a step, at the predicted
     point, for drift and weight. init: "matched" draws the Gaussian at the first level and weights it where p is known;
-    or a function (shape, *, generator) to particles and log-weights or None. Raises ConfigError for options out of
-    range, and at a step DataError when a score is not finite or no particle has a weight.
+    or a function (shape, *, generator) to particles and log-weights or None. migration: islands exchange particles, and
+    only log_z + log_z_start of all of them together keeps its meaning. Raises ConfigError for options out of range, and
+    at a step DataError when a score is not finite or no particle has a weight.
     """
     steps = tuple(steps_of(schedule, num_steps))
     corrector = _Corrector(
-        target, schedule, steps, num_particles, resample, every, ess_threshold, window, clip, heun, init, dtype
-    )
+        target, schedule, steps, num_particles, resample, every, ess_threshold, window, clip, heun, init, dtype,
+        migration,
+    )  # fmt: skip
 
     def begin(*, generator: Generators, chains: int = 1) -> FKCState:
         with torch.no_grad():
@@ -423,7 +439,8 @@ def fkc(
             raise ConfigError(f"all {num_steps} steps are done: begin again with init")
         with torch.no_grad():
             moved, increments = corrector.moved(state, generator)
-            return corrector.corrected(moved, increments, generator)
+            after, info = corrector.corrected(moved, increments, generator)
+            return corrector.migrated(after, generator), info
 
     return Kernel(begin, step)
 
@@ -459,5 +476,3 @@ def fkc_sampler(
         state.particles, state.log_weights, state.log_z, state.log_z_start, torch.stack(ess), state.origins, clipped,
         state.error,
     )  # fmt: skip
-
-
