@@ -202,9 +202,55 @@ def test_distillation_alone_does_not_look_at_rewards():
     blind = gradient(joint, torch.zeros_like(rewards))
     torch.testing.assert_close(gradient(alone, rewards), blind)
     assert not torch.allclose(gradient(joint, rewards), blind), "with the reward's part it is another gradient"
-    for options in ({"keep": "response"}, {"shaping": "reward"}):
+    for options in ({"keep": "response"}, {"shaping": "reward"}, {"reward_from": 3}):
         with pytest.raises(ConfigError, match="teacher"):
             Kdrl(reinforced=False, **options)
+
+
+def test_distilled_first_and_reinforced_then():
+    teacher, student, rewards, mask = batch()
+    schedule = BetaSchedule(kind="switch", start=0.1, end=0.0, steps=5)
+    method = Kdrl(schedule=schedule, reward_from=5)
+
+    def loss(method, step):
+        given = {
+            "rewards": rewards, "completion_mask": mask, "old_log_prob": student.detach(),
+            "reference_log_prob": teacher, "step": torch.tensor(step),
+        }  # fmt: skip
+        prepared = method.prepare(given, group=4, generator=generator(0))
+        found = method.loss(student, prepared, count=method.count(prepared))[0]
+        return torch.autograd.grad(found, student)[0]
+
+    torch.testing.assert_close(loss(method, 4), loss(Kdrl(schedule=BetaSchedule(start=0.1), reinforced=False), 4))
+    torch.testing.assert_close(loss(method, 5), loss(Kdrl(schedule=BetaSchedule(start=0.0)), 5))
+    assert not torch.allclose(loss(method, 4), loss(Kdrl(schedule=schedule), 4)), "a switch of beta alone is both"
+    for wrong in ({"reward_from": -1}, {"reward_from": 2, "shaping": "reward"}):
+        with pytest.raises(ConfigError, match="reward_from"):
+            Kdrl(**wrong)
+
+
+def test_a_teacher_that_finds_a_token_impossible():
+    teacher, student, rewards, mask = batch()
+    advantages = grouped_advantages(rewards.view(2, 4)).view(-1)
+    known = kdrl_loss(teacher, student, advantages, mask, beta=0.3)
+    wide = kdrl_loss(teacher, student, advantages, mask, beta=0.3, most_log_ratio=50.0)
+    torch.testing.assert_close(wide.loss, known.loss)
+    teacher[0, 1] = -math.inf
+    assert not kdrl_loss(teacher, student, advantages, mask, beta=0.3).loss.isfinite()
+    for kind in ("k2", "k3", "k1_reward"):
+        cut = kdrl_loss(teacher, student, advantages, mask, beta=0.3, kind=kind, most_log_ratio=20.0)
+        assert torch.autograd.grad(cut.loss, student, retain_graph=True)[0].isfinite().all()
+    far = teacher.clone()
+    far[0, 1] = student.detach()[0, 1] - 20.0
+    gradients = [
+        torch.autograd.grad(kdrl_loss(t, student, advantages, mask, beta=0.3, most_log_ratio=20.0).loss, student)[0]
+        for t in (teacher, far)
+    ]
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ConfigError, match="most_log_ratio"):
+        kdrl_loss(far, student, advantages, mask, beta=0.3, most_log_ratio=0.0)
+    with pytest.raises(ConfigError, match="most_log_ratio"):
+        Kdrl(most_log_ratio=-1.0)
 
 
 def test_bad_input():

@@ -196,6 +196,7 @@ def kdrl_loss(
     clip_low: float = math.inf,
     clip_high: float = math.inf,
     credit: Literal["token", "return_to_go"] = "token",
+    most_log_ratio: float | None = None,
     count: Tensor | float | None = None,
     kept_count: Tensor | float | None = None,
 ) -> KDRLOutput:
@@ -203,10 +204,16 @@ def kdrl_loss(
 
     keep [B]: completions on which the teacher is heard (see `kd_mask`); its mean is over their tokens. old_log_prob: of
     the policy that sampled, where several steps are taken; the clip is on the reward's part, and the teacher's carries
-    the ratio, at most 2. count and kept_count: tokens that the two sums are divided by. Both parts are token means.
+    the ratio, at most 2. most_log_ratio: R is cut to at most this in size, for tokens that the teacher finds all but
+    impossible. count and kept_count: tokens that the two sums are divided by. Both parts are token means. ConfigError.
     """
     held = mask.bool()
     teacher, student = (torch.where(held, x, 0.0) for x in (log_teacher, log_student))
+    if most_log_ratio is not None:
+        if not most_log_ratio > 0.0:
+            raise ConfigError(f"most_log_ratio is positive, or None for no limit, got {most_log_ratio}")
+        seen = student.detach()
+        teacher = seen + (teacher - seen).clamp(-most_log_ratio, most_log_ratio)
     old = student.detach() if old_log_prob is None else torch.where(held, old_log_prob, 0.0)
     heard = held if keep is None else held & keep.bool().unsqueeze(1)
     bonus = advantages
@@ -229,8 +236,10 @@ class Kdrl:
 
     schedule: the teacher's weight; kind, credit, keep: as in the module. shaping "loss" is the paper's; "reward" puts
     beta R of the whole completion into its reward before the groups are normalised, which the paper found worse.
-    reinforced: False leaves the reward's part out, for distillation on the student's own samples alone (KD-RKL).
-    policy: the options of the reward's part, without a penalty of its own. correct_from: rewards that count as right.
+    reinforced: False leaves the reward's part out, for distillation on the student's own samples alone (KD-RKL);
+    reward_from: the step from which it counts, so that with a schedule that switches to 0 there the student is
+    distilled first and reinforced then. most_log_ratio: see `kdrl_loss`. policy: the options of the reward's part,
+    without a penalty of its own. correct_from: rewards that count as right.
     """
 
     schedule: BetaSchedule = field(default_factory=BetaSchedule)
@@ -239,6 +248,8 @@ class Kdrl:
     keep: Keep = "none"
     shaping: Literal["loss", "reward"] = "loss"
     reinforced: bool = True
+    reward_from: int = 0
+    most_log_ratio: float | None = None
     policy: Grpo = field(default_factory=Grpo)
     correct_from: float = 0.5
     needs_reference: bool = field(default=True, init=False)
@@ -248,21 +259,30 @@ class Kdrl:
         kd_terms(torch.zeros(1, 1), torch.zeros(1, 1), kind=self.kind, credit=self.credit)
         if self.shaping not in ("loss", "reward"):
             raise ConfigError(f"shaping is loss or reward, not {self.shaping!r}")
-        if not self.reinforced and (self.shaping == "reward" or self.keep != "none"):
-            raise ConfigError("without the reward's part the teacher is heard in the loss and on all completions")
+        if not self.reinforced and (self.shaping == "reward" or self.keep != "none" or self.reward_from):
+            raise ConfigError(
+                "without the reward's part the teacher is heard in the loss and on all completions: leave shaping, "
+                "keep and reward_from out"
+            )
+        if self.reward_from < 0 or (self.reward_from and self.shaping == "reward"):
+            raise ConfigError('reward_from is a step of 0 or more, and 0 with shaping="reward"')
+        if self.most_log_ratio is not None and not self.most_log_ratio > 0.0:
+            raise ConfigError(f"most_log_ratio is positive, or None for no limit, got {self.most_log_ratio}")
         if self.policy.beta:
             raise ConfigError("KDRL has no penalty to a reference: give a policy with beta=0")
 
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
         """Adds advantages [B], keep [B] and beta []."""
-        rewards, beta = batch["rewards"], self.schedule(int(batch.get("step", 0)))
+        rewards, step = batch["rewards"], int(batch.get("step", 0))
+        beta = self.schedule(step)
         if self.shaping == "reward":
             gap = torch.where(batch["completion_mask"], batch["reference_log_prob"] - batch["old_log_prob"], 0.0)
+            gap = gap if self.most_log_ratio is None else gap.clamp(-self.most_log_ratio, self.most_log_ratio)
             rewards = rewards + beta * gap.sum(1)
         advantages = grouped_advantages(
             rewards.view(-1, group), scale=self.policy.scale, baseline=self.policy.baseline
         )
-        if not self.reinforced:
+        if not self.reinforced or step < self.reward_from:
             advantages = torch.zeros_like(advantages)
         keep = kd_mask(batch["rewards"].view(-1, group) >= self.correct_from, mode=self.keep)
         return {
@@ -280,7 +300,7 @@ class Kdrl:
             batch["reference_log_prob"], log_prob, batch["advantages"], batch["completion_mask"],
             beta=float(batch["beta"][0]) if self.shaping == "loss" else 0.0, kind=self.kind, keep=batch["keep"],
             old_log_prob=batch["old_log_prob"], clip_low=self.policy.clip_low, clip_high=self.policy.clip_high,
-            credit=self.credit, count=count, kept_count=self._kept(batch, count),
+            credit=self.credit, most_log_ratio=self.most_log_ratio, count=count, kept_count=self._kept(batch, count),
         )  # fmt: skip
         metrics: Mapping[str, Tensor] = {
             "reward": batch["rewards"].float().mean(), "policy": output.policy, "distillation": output.distillation,
