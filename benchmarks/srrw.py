@@ -6,9 +6,10 @@ counts the uniform numbers in. With an optimizer: 64 runs of logistic regression
 the peak above what the process held before, of 20,000 steps.
 
 Error: the trace of the covariance of visits times n against `sampling_covariance`, 20 nodes, n = 20,000, a = 1. Then
-the mean squared error of the reproduction's logistic regression after 30,000 gradients, with a token (b = 0.9), in
-fresh random orders of all nodes, and by gossip, in which all nodes step at once and average with their neighbours (300
-rounds; its error is that of the mean of all nodes). Processes: visits a second of a token over two processes on gloo.
+the mean squared error of the reproduction's logistic regression after 30,000 gradients (b = 0.9): with a token, plain,
+self-repellent or one that does not turn back, at independent nodes, in fresh random orders of all nodes, and by gossip,
+in which all nodes step at once and average with their neighbours (300 rounds; its error is that of the mean of all
+nodes). Visits a second of a token over two processes on gloo, and of one and four tokens over two actors of Ray.
 Writes srrw.json.
 """
 
@@ -25,7 +26,18 @@ import torch
 import _measure
 from kullback.core.environment import environment
 from kullback.core.rng import generator
-from kullback.optim import SRRW, base_chain, sampling_covariance, simulate, start_walk, walk
+from kullback.optim import (
+    SRRW,
+    base_chain,
+    follow,
+    non_backtracking,
+    sampling_covariance,
+    shuffled_visits,
+    simulate,
+    start_walk,
+    walk,
+    walk_actors,
+)
 from kullback.optim.srrw_simulation import step_sizes
 from kullback.papers.srrw import reproduce as study
 
@@ -116,16 +128,6 @@ def accuracy(alpha, steps=20_000, runs=4000):
             "error": round(found / theory - 1.0, 4)}  # fmt: skip
 
 
-def shuffled(field, best, steps, runs, source, b=0.9):
-    """Every epoch takes all nodes once, in a fresh order."""
-    theta, nodes = torch.zeros(runs, len(best), dtype=torch.float64), len(field.labels)
-    for step, size in enumerate(step_sizes(0, steps, b).tolist()):
-        if step % nodes == 0:
-            order = torch.rand(runs, nodes, generator=source).argsort(1)
-        theta += size * field(theta, order[:, step % nodes])
-    return (theta - best).square().sum(-1).mean().item()
-
-
 def gossip(chain, field, best, rounds, b=0.9):
     """All nodes step at once and average with their neighbours; nothing in it is random."""
     nodes = torch.arange(chain.nodes)
@@ -144,7 +146,13 @@ def errors(runs=100):
         ends = simulate(SRRW(chain, alpha, 0.8), field, theta, steps, runs=runs, generator=source).theta[-1]
         name = "token, plain walk" if alpha == 0.0 else f"token, alpha = {alpha:g}"
         found[name] = (ends - best).square().sum(-1).mean().item()
-    found["random orders"] = shuffled(field, best, steps, runs, generator(4, "errors"))
+    start, source = torch.zeros(7, dtype=torch.float64), generator(4, "errors")
+    for name, nodes in {
+        "token that does not turn back": non_backtracking(chain, steps, runs=runs, generator=source)[1],
+        "independent nodes": torch.randint(chain.nodes, (runs, steps), generator=source),
+        "random orders": shuffled_visits(chain.nodes, steps, runs=runs, generator=source),
+    }.items():
+        found[name] = (follow(field, start, nodes) - best).square().sum(-1).mean().item()
     found["gossip, mean of nodes"], found["gossip, a node"] = gossip(chain, field, best, steps // chain.nodes)
     plain = found["token, plain walk"]
     case = f"error after {steps} gradients"
@@ -169,6 +177,32 @@ def processes(visits=3000):
     return {"case": "a token over two processes, gloo", "who": "kullback", "steps_per_s": round(rate)}
 
 
+def actors(visits=300):
+    """Visits a second of all tokens over two actors, without the time they take to begin."""
+    try:
+        import ray
+    except ImportError:
+        return []
+    from _token_process import NODES, ring_with_chord
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    rows, theta = [], torch.zeros(3, dtype=torch.float64)
+    for tokens in (1, 4):
+        seconds = []
+        for steps in (1, visits):
+            begin = time.perf_counter()
+            walk_actors(
+                SRRW(ring_with_chord(), 5.0, 0.8), lambda owner: lambda theta, node: theta - node, theta, steps,
+                owners=[place % 2 for place in range(NODES)], starts=[0] * tokens,
+            )  # fmt: skip
+            seconds.append(time.perf_counter() - begin)
+        rate = tokens * (visits - 1) / (seconds[1] - seconds[0])
+        case = f"{tokens} token{'s' * (tokens > 1)} over two actors, Ray"
+        rows.append({"case": case, "who": "kullback", "steps_per_s": round(rate)})
+    ray.shutdown()
+    return rows
+
+
 def main():
     rows = []
     for nodes in SIZES:
@@ -180,6 +214,7 @@ def main():
     rows += [accuracy(alpha) for alpha in (0.0, 1.0, 2.0, 5.0)]
     rows += errors()
     rows.append(processes())
+    rows += actors()
     for row in rows:
         print(row)
     content = {"environment": environment(), "threads": 1, "peers": {"networkx": version("networkx")}, "rows": rows}
