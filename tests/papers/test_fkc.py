@@ -20,6 +20,19 @@ def test_shares_of_cells_are_those_of_the_modes_where_these_lie_apart():
     torch.testing.assert_close(shares, (2.0 * weights).softmax(0), atol=1e-4, rtol=1e-3)
 
 
+def test_exact_samples_have_the_shares_of_the_law():
+    means, log_weights = study.forty_modes(1)
+    path = study.gaussian_mixture_path(means, study.DEVIATION**2, study.SCHEDULE, log_weights=log_weights)
+    law = lambda x: study.BETA * path.log_density(x, torch.tensor(study.SCHEDULE.sigma_min))  # noqa: E731
+    count, shares = 4000, study.cell_shares(law, means, 48.0, 400)
+    x = study.exact_samples(law, 1, count, "test")
+    occupied = torch.cdist(x, means).argmin(1).bincount(minlength=40) / count
+    assert bool(((occupied - shares).abs() <= 6 * (shares * (1 - shares) / count).sqrt() + 1e-3).all())
+    untempered = log_weights.exp()  # the shares of q, and not of q^2
+    assert bool(((occupied - untempered).abs() > 6 * (untempered / count).sqrt() + 1e-3).any())
+    assert law(x).mean() > study.BETA * path.log_density(x + 1.0, torch.tensor(study.SCHEDULE.sigma_min)).mean()
+
+
 def test_distances_count_weights_in_the_cells_of_the_means():
     means, shares = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([0.5, 0.5])
     samples = torch.tensor([[[1.0, 0.0], [9.0, 0.0], [9.5, 0.0], [12.0, 1.0]]])

@@ -15,6 +15,10 @@ def coin():
     return heads
 
 
+def coin_flip():
+    return sample(bernoulli(F(1, 2)))
+
+
 @program
 def hmm(observed=(1, 0), stay=F(3, 4), good=F(3, 4)):
     """A hidden chain of two states, a checkpoint after each observation."""
