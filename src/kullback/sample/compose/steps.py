@@ -96,6 +96,8 @@ def gathered(state: Any, index: Tensor) -> Any:
     """A state [R, n, ...] with the particles index [R, m] of each chain."""
     if index.shape[0] == 1:
         flat = index[0]
+        if isinstance(state, Tensor):
+            return state.index_select(1, flat)
         return _selected(state, lambda part: part.index_select(1, flat))
     rows = torch.arange(len(index), device=index.device).unsqueeze(1)
 
@@ -252,15 +254,18 @@ def mass(now: Filter) -> Mass:
     return Mass(total if alive else torch.where(top == -math.inf, top, total), share, alive)
 
 
-@lru_cache(maxsize=64)
-def _number(value: float, device: torch.device) -> Tensor:
-    """A number as a tensor, which takes half the time of arithmetic with a Python number."""
-    return torch.tensor(value, dtype=torch.float64, device=device)
+class _Constants(NamedTuple):
+    """0, 1, ..., n - 1; n; and log n, as tensors, which take half the time of arithmetic with Python numbers."""
+
+    places: Tensor
+    size: Tensor
+    log_size: Tensor
 
 
-@lru_cache(maxsize=8)
-def _places(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.float64, device=device)
+@lru_cache(maxsize=32)
+def _constants(count: int, device: torch.device) -> _Constants:
+    size = torch.tensor(float(count), dtype=torch.float64, device=device)
+    return _Constants(torch.arange(count, dtype=torch.float64, device=device), size, size.log())
 
 
 def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, found: Mass | None = None) -> Tensor:
@@ -270,10 +275,10 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, found: Ma
     """
     total, share, alive = mass(Filter(None, log_weights, 0)) if found is None else found
     chains, count = share.shape
-    ends, places = share.cumsum(1), _places(count, share.device)
+    ends, (places, size, _) = share.cumsum(1), _constants(count, share.device)
     if scheme == "systematic":
-        ends = ends.mul_(_number(count, share.device))
-        index = _systematic(ends, numbers.take((chains, 1)), places, quick=alive and chains * count >= 4000)
+        quick = alive and chains * count >= 4000
+        index = _systematic(ends.mul_(size), numbers.take((chains, 1)), places, quick=quick)
     elif scheme == "stratified":
         index = torch.searchsorted(ends * count, numbers.take((chains, count)) + places, right=True)
     elif scheme == "multinomial":
@@ -290,8 +295,8 @@ def ancestor_index(log_weights: Tensor, scheme: str, numbers: Numbers, found: Ma
 
 def equal_weights(found: Mass) -> Tensor:
     """Log-weights [R, n] that share the mass equally."""
-    count = found.share.shape[1]
-    return (found.total - _number(math.log(count), found.share.device)).expand_as(found.share)
+    share = found.share
+    return (found.total - _constants(share.shape[1], share.device).log_size).expand_as(share)
 
 
 def _systematic(ends: Tensor, u: Tensor, places: Tensor, *, quick: bool) -> Tensor:
