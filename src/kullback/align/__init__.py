@@ -87,6 +87,7 @@ from kullback.align.nash_policy import (
     pair_preferences,
     win_rates,
 )
+from kullback.align.pipeline import PipelineResult, PostTrainingPipeline, Stage
 from kullback.align.policy_gradient import (
     clipped_policy_loss,
     clipped_share,
@@ -167,6 +168,8 @@ __all__ = [
     "PartitionEstimator",
     "PassRateTracker",
     "PatternReward",
+    "PipelineResult",
+    "PostTrainingPipeline",
     "PosteriorTarget",
     "Preference",
     "PreferenceGame",
@@ -177,6 +180,7 @@ __all__ = [
     "Rollouts",
     "RunningBaseline",
     "ScoredRollouts",
+    "Stage",
     "StarvationWarning",
     "StatefulMethod",
     "Supervised",

@@ -26,8 +26,9 @@ Source: arXiv 2507.00018. Shapes: B completions of T tokens; log-probabilities a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,8 +183,9 @@ class FSFT:
     """f-SFT as a method of alignment (see `methods.Method`); its options are those of `fsft_loss`.
 
     The sum over a batch is divided by its tokens at both levels, so that total variation is the usual SFT. The other
-    remedy against drift is a smaller learning rate, a fifth of the usual one at the same number of steps.
-    Raises ConfigError as `fsft_loss`.
+    remedy against drift is a smaller learning rate, a fifth of the usual one at the same number of steps (see
+    `pipeline`). baseline "learned": one c over all batches, which climbs dJ/dc = mean phi'(x) - 1 of each batch that is
+    trained on by baseline_rate of it; `state_dict` holds it. Raises ConfigError as `fsft_loss`.
 
     >>> FSFT(divergence=matching_divergence("hellinger"), beta=0.05).needs_reference
     True
@@ -191,19 +193,25 @@ class FSFT:
 
     divergence: FDivergence
     beta: float = 1.0
-    baseline: Literal["zero", "profile"] = "zero"
+    baseline: Literal["zero", "profile", "learned"] = "zero"
     level: Literal["sequence", "token"] = "sequence"
     largest_weight: float | None = 4.0
+    baseline_rate: float = 0.1
     needs_reference: bool = field(init=False, repr=False)
+    learned: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs_reference", self.divergence.name != "total_variation")
+        object.__setattr__(self, "learned", torch.zeros((), dtype=torch.float64))
+        if not (self.baseline_rate > 0.0 and math.isfinite(self.baseline_rate)):
+            raise ConfigError(f"baseline_rate is positive and finite, not {self.baseline_rate}")
         two = torch.zeros(2, 1)
         self._of(two, two, torch.ones_like(two))  # refuses what fsft_loss does
 
     def _of(self, log_reference: Tensor | None, log_policy: Tensor, mask: Tensor) -> FSFTOutput:
+        baseline = self.learned if self.baseline == "learned" else self.baseline
         return fsft_loss(
-            log_reference, log_policy, mask, divergence=self.divergence, beta=self.beta, baseline=self.baseline,
+            log_reference, log_policy, mask, divergence=self.divergence, beta=self.beta, baseline=baseline,
             level=self.level, largest_weight=self.largest_weight,
         )  # fmt: skip
 
@@ -220,8 +228,27 @@ class FSFT:
         if not self.needs_reference or not kept.any():
             return output.loss.sum() / count, {}
         x, weight = output.x[kept], output.weight[kept]
-        seen = {"x": x.mean(), "weight": weight.mean(), "weight/least": weight.min(), "weight/largest": weight.max()}
+        if self.baseline == "learned" and log_prob.requires_grad and torch.is_grad_enabled():
+            self.learned.add_(self.baseline_rate * (_mean_of_all(weight) - 1.0))
+        seen = {"baseline": output.baseline} if self.baseline != "zero" else {}
+        seen |= {"x": x.mean(), "weight": weight.mean(), "weight/least": weight.min(), "weight/largest": weight.max()}
         return output.loss.sum() / count, seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """The baseline, where it is learned."""
+        return {"baseline": self.learned.item()} if self.baseline == "learned" else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give the baseline back its value."""
+        self.learned.fill_(state["baseline"])
+
+
+def _mean_of_all(weight: Tensor) -> float:
+    """The mean over this batch on all processes, so that all of them keep one baseline."""
+    sums = torch.stack([weight.double().sum(), torch.tensor(float(weight.numel()), device=weight.device).double()])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 def prefix_values(
