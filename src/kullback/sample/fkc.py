@@ -53,8 +53,8 @@ class FKCState(NamedTuple):
     """After `step` steps: particles [R, K, *shape], log_weights [R, K] of mean weight 1, log_z [R] since the start.
 
     log_z_start [R]: log of the first particles' mean weight, log Z_0 where all log-densities are normalised, else 0.
-    origins [R, K]: the first particle that each descends from, those of island r counted from r K on. error [R, K]: the
-    variance gathered by estimated rates.
+    origins [R, K]: the first particle that each descends from; where islands exchange particles, one of the island m
+    places back around the ring is m K and more. error [R, K]: the variance gathered by estimated rates.
     """
 
     step: int
@@ -292,7 +292,7 @@ class _Corrector:
         _check_weights(log_weights, log_z_start, first)
         state = FKCState(
             0, x, log_weights - log_z_start.unsqueeze(1), torch.zeros_like(log_z_start), log_z_start,
-            torch.arange(swarms * self.size, device=x.device).view(shape[:2]), torch.zeros_like(log_weights),
+            torch.arange(self.size, device=x.device).repeat(swarms, 1), torch.zeros_like(log_weights),
         )  # fmt: skip
         if self.resample != "birth_death":
             return state

@@ -62,10 +62,12 @@ class Migration:
             after[:, places] = part[:, places].roll(1, 0)
             return after
 
+        origins = exchanged(state.origins)
+        origins[:, places] = (origins[:, places] + count) % (islands * count)  # seen from an island further on
         mass = state.log_z + state.log_z_start
         logs = exchanged(state.log_weights + mass.unsqueeze(1))
         mass = torch.logsumexp(logs, 1) - torch.log(torch.full_like(mass, count))
         return state._replace(
             particles=exchanged(state.particles), log_weights=logs - mass.unsqueeze(1), log_z=mass - state.log_z_start,
-            origins=exchanged(state.origins), error=exchanged(state.error),
+            origins=origins, error=exchanged(state.error),
         )  # fmt: skip
