@@ -13,6 +13,7 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, MissingExtra
 from kullback.core.rng import generator
 from kullback.distill.bottleneck import Bandwidth, Bottleneck, CSIBLoss, bandwidth_of
+from kullback.distill.bottleneck_bounds import generalisation_proxy
 from kullback.divergences.cauchy_schwarz_samples import cs_qmi_normalized
 
 try:
@@ -129,7 +130,7 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             sigma_x, sigma_t = bandwidth_of(x, loss.sigma_x), bandwidth_of(t, loss.sigma_t)
             compression = cs_qmi_normalized(x, t, sigma_x=sigma_x, sigma_t=sigma_t).item()
         relevance = 0.5 * math.log2(max(z.var(correction=0).item(), 1e-30) / max(error, 1e-30))
-        return {"compression": compression, "relevance": relevance, "proxy": math.sqrt(max(compression, 0.0) / len(x))}
+        return {"compression": compression, "relevance": relevance, "proxy": generalisation_proxy(compression, len(x))}
 
 
 def _standards(table: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -79,7 +79,8 @@ class _KernelRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         if ctx.kept:
-            return *_of_kept(*ctx.saved_tensors, grad, ctx.needs_input_grad), None, None
+            u, v, scores, total = ctx.saved_tensors
+            return *_of_kept(u, v, scores, total, grad, ctx.needs_input_grad), None, None
         u, v, rows, *offset = ctx.saved_tensors
         shift, (need_u, need_v, need_offset, *_) = _shift(v, *offset), ctx.needs_input_grad
         by_u = torch.empty_like(u) if need_u else None

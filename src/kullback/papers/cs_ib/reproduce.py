@@ -20,6 +20,7 @@ from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
 from kullback.distill.bottleneck import Bottleneck, BottleneckOutput, CSIBLoss, fgsm, pgd
+from kullback.distill.bottleneck_bounds import robustness_bound, smoothed_shift
 from kullback.divergences.cauchy_schwarz_samples import cs_qmi_normalized
 
 __all__ = ["draw", "reproduce"]
@@ -117,7 +118,10 @@ def rmse(network: Bottleneck, x: Tensor, y: Tensor) -> float:
 
 
 def measured(network: Bottleneck, table: Table) -> dict[str, Any]:
-    """Errors on the test rows, clean and attacked, and where the training rows lie in the information plane."""
+    """Errors on the test rows, clean and attacked, and where the training rows lie in the information plane.
+
+    shift: the most that FGSM moves the prediction smoothed over the training rows; bound: what it cannot exceed.
+    """
     x, y = table.test
     model = partial(predicted, network)
     errors = {f"fgsm {eps:g}": rmse(network, fgsm(model, x, y, eps=eps), y) for eps in ATTACKS}
@@ -126,8 +130,14 @@ def measured(network: Bottleneck, table: Table) -> dict[str, Any]:
         seen, t = table.train[0], network(table.train[0]).representation
         widths = math.sqrt(seen.shape[1]), math.sqrt(t.shape[1])
         compression = cs_qmi_normalized(seen, t, sigma_x=widths[0], sigma_t=widths[1]).item()
+        # an attack of 0.3 in each coordinate is this long
+        bound = robustness_bound(
+            seen, t, model(seen), radius=0.3 * widths[0], sigma_x=widths[0], sigma_t=widths[1]
+        ).item()
+    moved = fgsm(model, x, y, eps=0.3)
+    shift = smoothed_shift(seen, model(seen), x, moved, sigma_x=widths[0]).max().item()
     relevance = -math.log2(rmse(network, *table.test))  # half the logarithm of variance over squared error
-    return {"compression": compression, "relevance": relevance, **errors}
+    return {"compression": compression, "relevance": relevance, "bound": bound, "shift": shift, **errors}
 
 
 def reproduce(run: Run) -> Report:
@@ -156,6 +166,7 @@ def reproduce(run: Run) -> Report:
         "attacked_ratio_mse_diabetes": error("diabetes", ours, attack) / error("diabetes", "MSE", attack),
         "attacked_ratio_mse_friedman": error("friedman", ours, attack) / error("friedman", "MSE", attack),
         "attacked_ratio_vib_diabetes": error("diabetes", ours, attack) / error("diabetes", "VIB", attack),
+        "shift_over_bound": max(row["shift"] / row["bound"] for row in rows),
         "attacked_ratio_early_diabetes": error("diabetes", ours, attack) / error("diabetes", "MSE, early", attack),
     }
     return Report(metrics=metrics, rows=rows)
