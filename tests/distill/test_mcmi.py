@@ -102,6 +102,59 @@ def test_the_gradient_of_the_loss_and_its_sign(generator):
     assert cmi.item() == pytest.approx(spread.mean().item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("lam", [0.25, 30.0])
+def test_the_fused_loss_is_the_sum_of_its_parts(generator, lam):
+    """Labels and groups that do not count, coarser groups, and outputs that are exactly 0."""
+    logits, labels = random_case(generator)
+    logits[3, (labels[3] + 1) % 5] = -torch.inf
+    groups = labels // 2
+    centroids = class_centroids(torch.randn(40, 5, generator=generator, dtype=torch.float64).softmax(-1), groups, 3)
+    labels, groups = labels.clone(), groups.clone()
+    labels[5], groups[7] = -100, -1
+    logits.requires_grad_()
+    found = mcmi_loss(logits, labels, centroids, lam=lam, ce_weight=0.7, groups=groups)
+    log_probs = logits.log_softmax(-1)
+    kept = (labels >= 0) & (groups >= 0)
+    ratio = log_probs.clamp(min=-1e30) - centroids[groups.clamp(min=0)].log()
+    ce = torch.nn.functional.cross_entropy(logits, labels)
+    cmi = (log_probs.exp() * ratio).sum(-1)[kept].mean()
+    torch.testing.assert_close(torch.stack(found), torch.stack([0.7 * ce - lam * cmi, ce, cmi]), rtol=1e-12, atol=1e-12)
+    keep = torch.arange(40) != 3  # autograd itself has no gradient at an infinite logit
+    for one, other in ((found.loss, 0.7 * ce - lam * cmi), (found.ce, ce), (found.cmi, cmi)):
+        (mine,) = torch.autograd.grad(one, logits, retain_graph=True)
+        (wanted,) = torch.autograd.grad(other, logits, retain_graph=True)
+        torch.testing.assert_close(mine[keep], wanted[keep], rtol=1e-10, atol=1e-13)
+        assert mine.isfinite().all()
+    (plain,) = torch.autograd.grad(0.7 * ce, logits)
+    (mine,) = torch.autograd.grad(found.loss, logits)
+    assert not torch.allclose(mine[keep], plain[keep], atol=1e-4)
+
+
+def test_the_centroids_are_left_as_they_were(generator):
+    logits, labels = random_case(generator, n=5)
+    labels = torch.arange(5)  # each row once, in order: what is gathered could be the centroids themselves
+    centroids = class_centroids(logits.softmax(-1).flip(0), labels, 5)
+    before = centroids.clone()
+    mcmi_loss(logits, labels, centroids, lam=0.2)
+    assert torch.equal(centroids, before)
+
+
+def test_the_meter_counts_ties_as_argmax_does(generator):
+    logits = torch.randint(0, 3, (300, 6), generator=generator).double()
+    logits[:4] = -torch.inf
+    logits[:4, 2] = 0.0
+    labels = torch.randint(6, (300,), generator=generator)
+    meter = CMIMeter(6).update(logits, labels)
+    assert meter.accuracy == pytest.approx((logits.argmax(-1) == labels).double().mean().item(), abs=1e-12)
+    assert meter.accuracy < (logits.gather(1, labels.unsqueeze(1)) == logits.amax(1, keepdim=True)).double().mean()
+    finite = logits.isfinite().all(-1)
+    part = CMIMeter(6).update(logits[finite], labels[finite])
+    assert part.cmi == pytest.approx(empirical_cmi(logits[finite], labels[finite]).item(), abs=1e-12)
+    assert math.isfinite(meter.cmi)
+    warm = CMIMeter(6, temperature=2.0).update(logits[finite], labels[finite])
+    assert warm.cmi == pytest.approx(empirical_cmi(logits[finite], labels[finite], temperature=2.0).item(), abs=1e-12)
+
+
 def test_a_step_on_the_loss_raises_the_information(generator):
     logits, labels = random_case(generator, n=400)
     logits[torch.arange(400), labels] += 4.0

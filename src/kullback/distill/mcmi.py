@@ -16,10 +16,11 @@ Labels and groups below 0 are left out.
 from __future__ import annotations
 
 import warnings
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
@@ -127,12 +128,7 @@ def _check_temperature(temperature: float) -> None:
 
 
 def _check_centroids(centroids: Tensor, logits: Tensor, groups: Tensor) -> None:
-    if centroids.ndim != 2 or centroids.shape[1] != logits.shape[1]:
-        raise ShapeError(f"centroids have shape [G, {logits.shape[1]}], one row a class, got {tuple(centroids.shape)}")
-    _check_range(groups, len(centroids), "groups")
-    used = centroids[groups.clamp(min=0)]
-    if bool(((used.sum(-1) - 1.0).abs() > 1e-4).any()) or bool(used.isnan().any()):
-        raise DataError("each centroid is a distribution over the outputs, and one that is used here does not sum to 1")
+    _used_centroids(centroids, logits, groups, centroids.dtype)
 
 
 def _divergence(log_probs: Tensor, centroids: Tensor) -> Tensor:
@@ -197,8 +193,12 @@ def mcmi_loss(
     groups = labels if groups is None else groups
     _check_rows(logits, groups, "groups")
     _check_range(labels, logits.shape[1])
-    _check_centroids(centroids, logits, groups)
     wide = _widened(logits)
+    if bonus == "cmi" and temperature == 1.0:
+        used = _used_centroids(centroids, logits, groups, wide.dtype)
+        ce, value = _Together.apply(wide, labels, groups, used)
+        return MCMITerms(ce_weight * ce - lam * value, ce, value)
+    _check_centroids(centroids, logits, groups)
     kept = labels >= 0
     count = kept.sum().clamp(min=1)
     negative = -torch.log_softmax(wide, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -211,6 +211,48 @@ def mcmi_loss(
         value = _bonus(log_probs[kept], labels[kept], groups[kept], centroids.detach().to(wide.dtype), bonus, smoothing)
         value = value.sum() / kept.sum().clamp(min=1)
     return MCMITerms(ce_weight * ce - lam * value, ce, value)
+
+
+class _Together(torch.autograd.Function):
+    """Cross-entropy and mean KL(P_i || Q_i) from one softmax of logits [b, C], with centroids Q [b, C] as constants.
+
+    Gradients by logits: (P - e_y) / b and P (log(P / Q) - KL) / b. Q is overwritten.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, groups: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        own = labels.clamp(min=0).unsqueeze(-1)
+        negative = log_probs.gather(-1, own).squeeze(-1).neg_()
+        probs = log_probs.exp()
+        # an output that is 0 counts for nothing
+        ratio = log_probs.clamp_(min=-1e30).sub_(used.clamp_(min=_FLOOR).log_())
+        spread = torch.mul(probs, ratio, out=used).sum(-1)
+        by_label = (labels >= 0).to(probs.dtype)
+        by_group = by_label if groups is labels else by_label * (groups >= 0)
+        by_label, by_group = (weight / weight.sum().clamp(min=1.0) for weight in (by_label, by_group))
+        ctx.save_for_backward(probs, ratio, spread, own, by_label, by_group)
+        negative, spread = (v.masked_fill(w == 0, 0.0) for v, w in ((negative, by_label), (spread, by_group)))
+        return negative @ by_label, spread @ by_group
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ce: Tensor, grad_cmi: Tensor) -> tuple[Tensor | None, ...]:
+        probs, ratio, spread, own, by_label, by_group = ctx.saved_tensors
+        hard, soft = (grad_ce * by_label).unsqueeze(-1), (grad_cmi * by_group).unsqueeze(-1)
+        gradient = torch.addcmul(hard - soft * spread.unsqueeze(-1), ratio, soft).mul_(probs)
+        return gradient.scatter_add_(-1, own, -hard), None, None, None
+
+
+def _used_centroids(centroids: Tensor, logits: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
+    """The centroid of each sample [b, C], a copy, after the checks of `_check_centroids`."""
+    if centroids.ndim != 2 or centroids.shape[1] != logits.shape[1]:
+        raise ShapeError(f"centroids have shape [G, {logits.shape[1]}], one row a class, got {tuple(centroids.shape)}")
+    _check_range(groups, len(centroids), "groups")
+    used = centroids.detach().index_select(0, groups.clamp(min=0)).to(dtype)
+    if not bool(((used.sum(-1) - 1.0).abs() <= 1e-4).all()):
+        raise DataError("each centroid is a distribution over the outputs, and one that is used here does not sum to 1")
+    return used
 
 
 def _bonus(
