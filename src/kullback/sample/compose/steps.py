@@ -21,8 +21,8 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = [
-    "Filter", "Mass", "Numbers", "Particles", "Steps", "ancestor_index", "begin", "equal_weights", "frozen", "gathered",
-    "mass", "onward", "replayed",
+    "Filter", "Mass", "Numbers", "Particles", "Steps", "ancestor_index", "begin", "check_weights", "equal_weights",
+    "frozen", "gathered", "mass", "onward", "replayed",
 ]  # fmt: skip
 
 Noise = Literal["uniform", "normal"]
@@ -84,7 +84,7 @@ class Steps:
             raise ConfigError(f"noise is 'uniform' or 'normal', and not {self.noise!r}")
 
     def at(self, time: int, state: Any, noise: Tensor) -> tuple[Any, Tensor]:
-        """The step of a time, with the shape of its log-weights looked over; `mass` looks at their values."""
+        """The step of a time, with the shape of its log-weights looked over; `check_weights` looks at their values."""
         after, log_weight = self.start(noise) if time == 0 else self.step(state, noise, time)
         if log_weight.shape != noise.shape[:-1]:
             wanted, found = tuple(noise.shape[:-1]), tuple(log_weight.shape)
@@ -248,10 +248,19 @@ def mass(now: Filter) -> Mass:
         low = high = float(top)
     else:
         low, high = (float(bound) for bound in top.aminmax())
-    if not high < math.inf:  # so written that NaN comes through
-        raise DataError(f"a log-weight of step {now.time} is NaN or infinite: look at its density there")
+    _check(high, now.time)
     total, alive = top - share.amax(1, keepdim=True).log_(), low > -math.inf
     return Mass(total if alive else torch.where(top == -math.inf, top, total), share, alive)
+
+
+def check_weights(now: Filter) -> None:
+    """Raises DataError for a log-weight that is NaN or infinite; `mass` does so as well."""
+    _check(float(now.log_weights.amax()), now.time)
+
+
+def _check(largest: float, time: int) -> None:
+    if not largest < math.inf:  # so written that NaN comes through
+        raise DataError(f"a log-weight of step {time} is NaN or infinite: look at its density there")
 
 
 class _Constants(NamedTuple):

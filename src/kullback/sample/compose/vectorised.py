@@ -20,6 +20,7 @@ from kullback.sample.compose.steps import (
     Steps,
     ancestor_index,
     begin,
+    check_weights,
     chosen,
     equal_weights,
     frozen,
@@ -98,10 +99,10 @@ def _smc(method: SMC, model: Steps, numbers: Numbers, chains: int) -> Particles:
 
 def _ended(model: Steps, now: Filter, numbers: Numbers) -> Particles:
     """The rest of the way without resampling."""
-    mass(now)
+    check_weights(now)
     while now.time < model.length - 1:
         now = onward(model, now, numbers)
-        mass(now)
+        check_weights(now)
     return Particles(now.state, now.log_weights)
 
 
@@ -181,7 +182,7 @@ def _mh(method: MH, model: Steps, numbers: Numbers, chains: int) -> Chain:
     now = begin(model, (chains, 1), numbers, keep=True)
     while now.time < model.length - 1:
         now = onward(model, now, numbers)
-        mass(now)
+        check_weights(now)
     states, densities, accepted = [], [], torch.zeros(chains, dtype=torch.float64)
     for _ in range(method.num_steps):
         now, accept = _move(method, model, now, numbers)
