@@ -163,7 +163,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             which = "language model" if model else "bandit"
             first.set(xlabel="step", ylabel="chance of the right answer", title=which)
             second.set(xlabel="step", ylabel="KL(student, teacher) (nats)", title=which)
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[1].legend(frameon=False, fontsize=7, loc="upper right")
         axes[2].legend(frameon=False, fontsize=7)
 
 
