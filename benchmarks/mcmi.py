@@ -3,6 +3,10 @@
 No library ships the method; the peers are the operations it cannot do without: cross-entropy for the loss, log_softmax
 for the meter, each in one process and in turn with ours. Float32, one thread, processor time. "ratio" is ours over the
 peer's, the median over rounds; "error" is to float64.
+
+The meter takes two to five times a log_softmax, where 1.3 was aimed at: a log_softmax and an exp into buffers are 1.15
+times one by themselves, and the sums of each class in double precision, the entropies and the accuracy are as many
+passes again over the same numbers. The loss adds a quarter of a millisecond to a step of 64 images at 100 classes.
 """
 
 import json

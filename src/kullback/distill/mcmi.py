@@ -279,7 +279,7 @@ def _separation(log_probs: Tensor, groups: Tensor) -> Tensor:
 
 
 def _scratch(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what the meter makes of so many rows: logits, weights, and these in double precision."""
+    """Room for what the meter makes of so many rows: log P, P, and either in double precision."""
     logits = _widened(logits[:0]).new_empty(logits.shape)
     precise = logits.dtype if logits.device.type == "mps" else torch.float64
     return logits, torch.empty_like(logits), torch.empty_like(logits, dtype=precise)
@@ -345,23 +345,22 @@ class CMIMeter:
 
     def _take(self, logits: Tensor, labels: Tensor, groups: Tensor, scratch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Add a few rows, whose outputs stay in the caches from one sum to the next."""
-        z, weights, wide = (buffer[: len(logits)] for buffer in scratch)
-        torch.div(logits.to(z.dtype), self.temperature, out=z) if self.temperature != 1.0 else z.copy_(logits)
-        z.sub_(z.amax(-1, keepdim=True))
-        mass = torch.exp(z, out=weights).sum(-1)
-        log_mass, own = mass.log(), labels.unsqueeze(-1)
-        entropies = torch.linalg.vecdot(z, weights) / mass - log_mass  # of P log P
-        if bool(entropies.isnan().any()):  # where outputs are exactly 0
-            entropies = torch.linalg.vecdot(z.clamp(min=-1e30), weights) / mass - log_mass
-        chosen = z.gather(-1, own)
-        self.cross_entropy += float((log_mass - chosen.squeeze(-1)).double().sum())
-        self.correct += _hits(z, own, chosen)
-        groups = groups.to(self.count.device)
-        torch.mul(weights, mass.reciprocal_().unsqueeze(-1), out=wide)
-        self.probs.index_add_(0, groups, wide.to(self.probs))
-        self.negative_entropy.index_add_(0, groups, entropies.to(self.negative_entropy))
+        log_probs, probs, wide = (buffer[: len(logits)] for buffer in scratch)
+        logits = logits.to(log_probs.dtype)
+        logits = logits if self.temperature == 1.0 else logits / self.temperature
+        torch.log_softmax(logits, -1, out=log_probs)
+        torch.exp(log_probs, out=probs)
+        own, groups = labels.unsqueeze(-1), groups.to(self.count.device)
+        chosen = log_probs.gather(-1, own)
+        self.cross_entropy -= float(chosen.double().sum())
         if self.log_probs is not None:
-            self.log_probs.index_add_(0, groups, z.sub_(log_mass.unsqueeze(-1)).to(self.log_probs))
+            self.log_probs.index_add_(0, groups, wide.copy_(log_probs).to(self.log_probs))
+        self.probs.index_add_(0, groups, wide.copy_(probs).to(self.probs))
+        entropies = probs.mul_(log_probs).sum(-1)
+        if bool(entropies.isnan().any()):  # where outputs are exactly 0
+            entropies = (log_probs.exp() * log_probs.clamp(min=-1e30)).sum(-1)
+        self.negative_entropy.index_add_(0, groups, entropies.to(self.negative_entropy))
+        self.correct += _hits(log_probs, own, chosen)
 
     def merge(self, other: CMIMeter) -> CMIMeter:
         """Take in what another meter of the same kind has seen, as of another process; returns itself."""
