@@ -214,6 +214,26 @@ def test_chains_of_traces_have_the_posterior(options, generator):
     assert within(uniform.values[50:].double().mean(0), share)
 
 
+@pytest.mark.parametrize("options", [{}, {"sites": "all", "drift": 0.5}])
+def test_a_chain_goes_on_from_its_trace(options):
+    source = torch.Generator().manual_seed(5)
+    whole = mh(linear(), 30, generator=source, chains=3, **options)
+    source = torch.Generator().manual_seed(5)
+    first = mh(linear(), 12, generator=source, chains=3, **options)
+    then = mh(linear(), 18, generator=source, chains=3, init=first.trace, **options)
+    assert torch.equal(torch.cat([first.values, then.values]), whole.values)
+    assert torch.equal(then.trace, whole.trace)
+    one = mh(linear(), 2, generator=source, chains=3, init=whole.trace[0])
+    assert one.trace.shape == (3, len(DATA), 1)
+    numbers = Numbers(torch.Generator().manual_seed(6))
+    straight = run(MH(30), interpreted(), generator=numbers)
+    numbers = Numbers(torch.Generator().manual_seed(6))
+    begun = run(MH(12), interpreted(), generator=numbers)
+    rest = mh(interpreted(), 18, init=begun.trace, generator=numbers)
+    assert begun.values + rest.values == straight.values
+    assert rest.trace == straight.trace != begun.trace
+
+
 def coefficients():
     return Prior(lambda z: 0.9 * torch.tanh(z[..., 0]))
 
@@ -334,6 +354,8 @@ def test_bad_input(generator):
         (lambda: pmmh(coefficients(), lambda theta: 3, 2, 2, generator=generator), ConfigError, "Steps program"),
         (lambda: run(MH(1, accept=max), good, generator=generator), ConfigError, "one by one"),
         (lambda: mh(good, 0, generator=generator), ConfigError, "num_steps"),
+        (lambda: mh(good, 2, init=torch.zeros(3, 1), generator=generator), ShapeError, "init"),
+        (lambda: run(MH(1, init=(0.5,)), interpreted(), layer="enum", grid=4), ConfigError, "leave it out"),
         (lambda: run(SMC(2), good, layer="enum"), ConfigError, "others programs"),
         (lambda: ancestor_index(torch.zeros(1, 2), "magic", Numbers(generator)), ConfigError, "magic"),
     ]:

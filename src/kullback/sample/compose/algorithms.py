@@ -158,13 +158,15 @@ def _to_the_last(step: Transformation, value: Represented) -> Represented:
 class MH:
     """A Markov chain over traces from a draw of the prior, num_steps long, as Weighted: the weight is the prior draw's.
 
-    sites, drift: see `mh_step`.
+    sites, drift: see `mh_step`. init: where a chain that is drawn begins instead, such as `Chain.trace` of another: the
+    uniform numbers of a run, or over tensors noise [T, sites] or [R, T, sites].
     """
 
     num_steps: int
     sites: Any = "one"
     drift: float | None = None
     accept: Callable[..., Any] | None = None
+    init: Any = None
 
     def __post_init__(self) -> None:
         _positive(num_steps=self.num_steps)
@@ -174,6 +176,8 @@ class MH:
         return base.prepare(program)
 
     def on(self, base: Representation, program: Program) -> Represented:
+        if self.init is not None:
+            raise ConfigError("init is of a chain that is drawn, and this law begins at the prior: leave it out")
         return _chained(self, base, program, accept=self.accept)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kullback.core.errors import ConfigError
 from kullback.sample.compose.algorithms import MH, PMMH, RMSMC, SMC, SMC2, Algorithm, Importance, Rejection
-from kullback.sample.compose.programs import Program, Ret, Trace
+from kullback.sample.compose.programs import Program, Recorded, Ret, Trace
 from kullback.sample.compose.representations import Enum, Population, Represented, Sam, Traced, Weighted
 from kullback.sample.compose.steps import Numbers, Particles, Steps
 from kullback.sample.compose.transformations import mh_step
@@ -67,14 +67,16 @@ def _chain(method: MH | PMMH, program: Program, numbers: Numbers) -> Chain:
     """A state after each move, from a trace that the prior gives with a density above zero."""
     base = Sam()
     traced = Traced(Weighted(base))
-    code = method.start(base, program)
-    pair = None
-    for _ in range(10_000):
+    code, init = method.start(base, program), getattr(method, "init", None)
+    pair: Any = None
+    if init is not None:
+        pair = code, base.draw(base.of(Recorded(code, tuple(init), silent=True)), numbers)
+    for _ in range(10_000 if pair is None else 0):
         _, pair = base.draw(traced.of(code), numbers)
         if pair[1].density != 0:
             break
-    if pair is None or pair[1].density == 0:
-        raise ConfigError("the prior gave no run of positive weight in 10000: begin nearer to the data")
+    if init is None and pair[1].density == 0:
+        raise ConfigError("the prior gave no run of positive weight in 10000: begin nearer to the data, with init")
     values, densities, accepted = [], [], 0
     for _ in range(method.num_steps):
         before: Trace = pair[1]
@@ -85,7 +87,7 @@ def _chain(method: MH | PMMH, program: Program, numbers: Numbers) -> Chain:
         values.append(pair[1].value)
         densities.append(log_of(pair[1].density))
     share = accepted / max(method.num_steps, 1)
-    return Chain(values, torch.tensor(densities, dtype=torch.float64), share)
+    return Chain(values, torch.tensor(densities, dtype=torch.float64), share, pair[1].choices)
 
 
 def importance(model: Any, num_particles: int, *, generator: Source, chains: int = 1) -> Particles:
@@ -134,11 +136,12 @@ def mh(
     *,
     sites: str | Sequence[Sequence[int]] = "one",
     drift: float | None = None,
+    init: Any = None,
     generator: Source,
     chains: int = 1,
 ) -> Chain:
-    """A Markov chain over traces, num_steps states after the first, see `mh_step`."""
-    found: Chain = run(MH(num_steps, sites, drift), model, generator=generator, chains=chains)
+    """A Markov chain over traces, num_steps states after the first, see `mh_step`; init: where to begin, see `MH`."""
+    found: Chain = run(MH(num_steps, sites, drift, init=init), model, generator=generator, chains=chains)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError
+from kullback.core.errors import ConfigError, ShapeError
 from kullback.sample.compose.algorithms import MH, PMMH, RMSMC, SMC, SMC2, Importance
 from kullback.sample.compose.steps import (
     Filter,
@@ -37,12 +37,14 @@ __all__ = ["Chain", "Prior", "over"]
 class Chain:
     """States of a Markov chain: values [S, R, ...], log_density [S, R], and the share of moves accepted, [R].
 
-    For a program that is not over tensors, values is a list of S results, log_density [S], accepted a number.
+    trace: noise [R, T, sites] of the last state, from which `init` of another chain goes on, where it is kept. For a
+    program that is not over tensors, values is a list of S results, log_density [S], accepted a number, trace a tuple.
     """
 
     values: Any
     log_density: Tensor
     accepted: Any
+    trace: Any = None
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,7 @@ def _collected(states: list[Any]) -> Any:
 def _mh(method: MH, model: Steps, numbers: Numbers, chains: int) -> Chain:
     if method.accept is not None:
         raise ConfigError("accept is of traces one by one: over tensors leave it out")
-    now = begin(model, (chains, 1), numbers, keep=True)
-    while now.time < model.length - 1:
-        now = onward(model, now, numbers)
-        check_weights(now)
+    now = _first_trace(model, numbers, chains) if method.init is None else _begun(model, method.init, chains)
     states, densities, accepted = [], [], torch.zeros(chains, dtype=torch.float64)
     for _ in range(method.num_steps):
         now, accept = _move(method, model, now, numbers)
@@ -191,7 +190,28 @@ def _mh(method: MH, model: Steps, numbers: Numbers, chains: int) -> Chain:
         accepted += accept[:, 0]
     if not states:
         raise ConfigError("a chain takes num_steps of 1 or more")
-    return Chain(_collected(states), torch.stack(densities).squeeze(2), accepted / method.num_steps)  # type: ignore[arg-type]
+    density = torch.stack(densities).squeeze(2)  # type: ignore[arg-type]
+    return Chain(_collected(states), density, accepted / method.num_steps, now.noise[:, 0])  # type: ignore[index]
+
+
+def _first_trace(model: Steps, numbers: Numbers, chains: int) -> Filter:
+    """A run of the prior for each chain."""
+    now = begin(model, (chains, 1), numbers, keep=True)
+    check_weights(now)
+    while now.time < model.length - 1:
+        now = onward(model, now, numbers)
+        check_weights(now)
+    return now
+
+
+def _begun(model: Steps, init: Any, chains: int) -> Filter:
+    """The runs of noise that is given."""
+    noise, shape = torch.as_tensor(init, dtype=torch.float64), (model.length, model.sites)
+    if noise.shape not in (shape, (1, *shape), (chains, *shape)) or not bool(noise.isfinite().all()):
+        raise ShapeError(f"init is finite noise {shape}, or {(chains, *shape)}, and is {tuple(noise.shape)}")
+    noise = noise.expand(chains, *shape).unsqueeze(1).contiguous()
+    state, density = replayed(model, noise)
+    return Filter(state, density, model.length - 1, noise, density)
 
 
 @dataclass(frozen=True)
