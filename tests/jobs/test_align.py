@@ -87,9 +87,22 @@ def test_accumulation_changes_nothing(method, adder, tmp_path):
         torch.testing.assert_close(tensor, weights(split.path)[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", [name for name in method_names() if name not in ("sft", "ipo", "dr-grpo", "salsa")])
+# Ways of a method that remember something of their own; a step's completions serve for four, so that a checkpoint
+# falls in between.
+MODES = {
+    "ppo of several epochs": ("ppo", {"epochs": 2, "mini_batches": 2}),
+    "ppo with a second model": ("ppo", {"critic": "model", "beta": 0.0}),
+    "salsa on ppo": ("salsa", {"algorithm": "ppo", "critic": "shared"}),
+    "offline f-dpg": ("f-dpg", {"proposal": "offline", "every": 1, "defence": 0.25}),
+    "nash-md": ("nash-mp", {"mode": "nash-md"}),
+}
+SAME = ("sft", "ipo", "dr-grpo", "salsa")  # which another method stands for
+
+
+@pytest.mark.parametrize("method", [*(name for name in method_names() if name not in SAME), *MODES])
 def test_an_interrupted_job_resumes_in_the_same_bits(method, adder, tmp_path):
-    config = align_config(adder, method=method)
+    name, options = MODES.get(method, (method, {}))
+    config = align_config(adder, method=name, options=options)
     straight = job.run(config, tmp_path / "straight")
 
     class Stop(Exception):
@@ -109,16 +122,38 @@ def test_an_interrupted_job_resumes_in_the_same_bits(method, adder, tmp_path):
     assert found == expected
 
 
-@pytest.mark.parametrize("method", ["grpo", "f-dpo"])
+@pytest.mark.parametrize("method", ["grpo", "f-dpo", "ppo", "nash-md", "offline f-dpg"])
 def test_adapters_need_no_second_model(method, adder, tmp_path):
-    config = align_config(adder, method=method, lora=LoraSettings(rank=2))
-    options = {"beta": 0.1} if method == "grpo" else {}
-    config = replace(config, method=replace(config.method, options=options))
+    name, options = MODES.get(method, (method, {"beta": 0.1}))
+    config = align_config(adder, method=name, options=options, lora=LoraSettings(rank=2))
     run = job.run(with_training(config, learning_rate=1e-2), tmp_path / "run")
     first, *_, last = events(run.path)
     assert first["divergence"] == pytest.approx(0.0, abs=1e-9)
     assert last["divergence"] > 1e-6
     assert set(weights(run.path)) == set(load_file(adder / "model" / "model.safetensors")), "adapters are merged in"
+
+
+def test_a_critic_is_not_a_part_of_the_model_that_is_kept(adder, tmp_path):
+    run = job.run(align_config(adder, method="ppo", options={"critic": "model"}), tmp_path / "run")
+    parts = run.path / "parts" / "aligned-0"
+    for folder in (run.path / "model", *(parts / "ckpt").glob("step-*")):
+        assert set(load_file(folder / "model.safetensors")) == set(load_file(adder / "model" / "model.safetensors"))
+    config = align_config(adder, method="ppo", options={"critic": "model"}, lora=LoraSettings(rank=2))
+    with pytest.raises(ConfigError, match="no adapters"):
+        job.run(config, tmp_path / "adapted")
+
+
+def test_salsa_with_one_parent_alone_is_the_method_it_stands_on(adder, tmp_path):
+    """alpha = 1, step for step; the soup of two is another reference."""
+    both, found = (str(adder / "model"), str(adder / "moved")), []
+    for method, shares, options in (
+        ("salsa", (1.0, 0.0), {"algorithm": "ppo"}), ("ppo", (), {}), ("salsa", (), {"algorithm": "ppo"}),
+    ):  # fmt: skip
+        reference = both if method == "salsa" else both[:1]
+        config = align_config(adder, method=method, options=options, reference=reference, reference_weights=shares)
+        found.append(weights(job.run(config, tmp_path / str(len(found))).path))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert any(not torch.equal(tensor, found[1][name]) for name, tensor in found[2].items())
 
 
 def test_several_references_are_averaged(adder, tmp_path):
@@ -199,6 +234,33 @@ def test_groups_of_one_difficulty(kept, adder, tmp_path):
     assert events(run.path)[-1]["divergence"] > 1e-6
 
 
+@pytest.mark.parametrize("method", ["dph-rl", "kdrl", "ppo of several epochs", "offline f-dpg", "nash-md"])
+def test_no_method_minds_a_reward_that_comes_and_goes(method, adder, tmp_path):
+    """It raises, hangs, is NaN, or the same for all, one call after the other: the run goes on and stays sound."""
+    (tmp_path / "rewards.py").write_text(REWARDS + TURNS)
+    name, options = MODES.get(method, (method, {}))
+    reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:turns", seconds=0.05, on_error="zero")
+    config = with_training(align_config(adder, method=name, options=options, reward=reward), steps=6, evaluate_every=6)
+    run = job.run(config, tmp_path / "run")
+    assert events(run.path, kind="reward_error")
+    assert all(tensor.isfinite().all() for tensor in weights(run.path).values())
+
+
+TURNS = """
+
+class Turns:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, completions):
+        self.calls += 1
+        return (raises, hangs, nothing, constant)[self.calls % 4](prompts, completions)
+
+
+turns = Turns()
+"""
+
+
 def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:constant")
@@ -262,6 +324,15 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"reward": job.RewardConfig(name="exact", pairwise=True)}, ConfigError, "judge of your own"),
         ({"reward": job.RewardConfig(name="nowhere.py:f")}, DataError, "nowhere.py"),
         ({"sampling": job.SamplingConfig(group=1)}, ConfigError, "sampling.group"),
+        ({"method": "nash-mp", "options": {"mode": "nash-md"}, "sampling": job.SamplingConfig(group=3)}, ConfigError,
+         "needs 4"),
+        ({"method": "nash-mp", "options": {"mode": "nash-md"}, "sampling": job.SamplingConfig(filter="nonzero")},
+         ConfigError, "another policy's"),
+        ({"method": "f-dpg", "options": {"proposal": "offline"}, "sampling": job.SamplingConfig(server="http://x")},
+         ConfigError, "proposal offline"),
+        ({"method": "f-dpg", "options": {"every": 3}}, ConfigError, "of proposal offline"),
+        ({"method": "salsa", "options": {"epochs": 2}}, ConfigError, "algorithm ppo"),
+        ({"method": "ppo", "options": {"epochs": 0}}, ConfigError, "epochs"),
         ({"sampling": job.SamplingConfig(server="http://x", temperature=0.5)}, ConfigError, "temperature 1"),
         ({"method": "dpo", "sampling": job.SamplingConfig(server="http://x")}, ConfigError, "sampling.server"),
         ({"sampling": job.SamplingConfig(filter="heavy")}, ConfigError, "heavy"),

@@ -35,7 +35,8 @@ class Grpo:
 
     beta: coefficient of the KL to the reference, 0 for none; penalty: how it enters: "k3" as a loss (GRPO's own, whose
     gradient is that of the forward KL on the prefixes visited), "k2" as a loss, which descends the reverse KL, or "k1"
-    inside the reward; the rest as in `policy_gradient`. Raises ConfigError for values out of range.
+    inside the reward; epochs, mini_batches: steps that the same completions serve, and parts they are cut into for it;
+    the rest as in `policy_gradient`. Raises ConfigError for values out of range.
     """
 
     beta: float = 0.0
@@ -47,11 +48,15 @@ class Grpo:
     baseline: Literal["mean", "leave-one-out"] = "mean"
     reduction: Reduction = "token-mean"
     level: Literal["token", "sequence"] = "token"
+    epochs: int = 1
+    mini_batches: int = 1
     needs_reference: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not self.beta >= 0.0:
             raise ConfigError(f"beta is 0 or more, got {self.beta}")
+        if self.epochs < 1 or self.mini_batches < 1:
+            raise ConfigError(f"epochs and mini_batches are 1 or more, got {self.epochs} and {self.mini_batches}")
         if self.penalty not in ("k1", "k2", "k3"):
             raise ConfigError(f"penalty is one of k1, k2, k3, not {self.penalty!r}")
         object.__setattr__(self, "needs_reference", self.beta > 0.0)

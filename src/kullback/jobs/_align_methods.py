@@ -132,10 +132,11 @@ def _divergence(name: str, alpha: float) -> FDivergence:
 def _grpo(
     *, beta: float = 0.0, penalty: str = "k3", clip_low: float = 0.2, clip_high: float = 0.2,
     dual_clip: float | None = None, scale: str = "group", baseline: str = "mean", reduction: str = "token-mean",
-    level: str = "token",
+    level: str = "token", epochs: int = 1, mini_batches: int = 1,
 ) -> Method:  # fmt: skip
     chosen: dict[str, Any] = {
         "penalty": penalty, "scale": scale, "baseline": baseline, "reduction": reduction, "level": level,
+        "epochs": epochs, "mini_batches": mini_batches,
     }  # fmt: skip
     return Grpo(beta=beta, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, **chosen)
 
@@ -203,10 +204,11 @@ def _nash_mp(
 def _kdrl(
     *, beta: float = 5e-3, beta_end: float = 1e-3, schedule: str = "constant", delta: float = 5e-5, steps: int = 100,
     kind: str = "k2", credit: str = "token", keep: str = "none", shaping: str = "loss", reinforced: bool = True,
+    reward_from: int = 0, most_log_ratio: float | None = None,
 ) -> Method:  # fmt: skip
     shape: Any = schedule
     chosen: dict[str, Any] = {"kind": kind, "credit": credit, "keep": keep, "shaping": shaping}
-    chosen["reinforced"] = reinforced
+    chosen |= {"reinforced": reinforced, "reward_from": reward_from, "most_log_ratio": most_log_ratio}
     return Kdrl(schedule=BetaSchedule(kind=shape, start=beta, end=beta_end, delta=delta, steps=steps), **chosen)
 
 
