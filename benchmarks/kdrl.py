@@ -1,7 +1,8 @@
 """KDRL's loss from hidden states beside one on whole logits, and beside GRPO with a reference. Writes kdrl.json.
 
-8 completions of 256 tokens, hidden size 256, float32, one thread, medians of calls in turn; a call takes the sampled
-tokens' log-probabilities under student and teacher, the loss, and its gradients by the student's states and head.
+8 completions of 256 tokens, hidden size 256, float32, one thread, medians of calls in turn (64 of 1024 tokens, as on an
+accelerator, take a minute a call here, and are only more chunks); a call takes the sampled tokens' log-probabilities
+under student and teacher, the loss, and its gradients by the student's states and head.
 "kullback" goes through both heads in chunks; "whole" forms the logits of both and their log_softmax; "grpo" is GRPO
 with a k3 penalty to a reference, chunked as well. "ratio" is kullback's time over each; "mib" the highest memory;
 "error" that of the gradient by the hidden states against the whole logits, relative.
