@@ -12,6 +12,7 @@ from kullback.distill.bd_kd import (
     bdkd_weights,
 )
 from kullback.distill.bottleneck import CSIBLoss, fgsm, pgd
+from kullback.distill.bottleneck_bounds import generalisation_proxy, independence_criterion, robustness_bound
 from kullback.distill.didi import grouped_advantages, two_step_trajectory
 from kullback.distill.didi_sampler import RGASampler
 from kullback.distill.didi_trainer import DiDiSettings, DiDiTrainer
@@ -25,7 +26,7 @@ from kullback.distill.mcmi_teacher import (
     zero_shot_distill,
 )
 from kullback.distill.mdcs import MDCSLoss, combine_experts, diversity_logits, mdcs_loss
-from kullback.distill.mdcs_classifier import MDCSClassifier
+from kullback.distill.mdcs_classifier import MDCSClassifier, fit_together
 from kullback.distill.online import OnlineDistiller, OnlineLoss
 from kullback.distill.pld import PLDLoss, pld_objective
 from kullback.distill.sinkd import SinkhornKD, sinkd_loss
@@ -72,12 +73,16 @@ __all__ = [
     "empirical_cmi",
     "fgsm",
     "finetune_teacher",
+    "fit_together",
+    "generalisation_proxy",
     "grouped_advantages",
+    "independence_criterion",
     "kd_loss",
     "mcmi_loss",
     "mdcs_loss",
     "pgd",
     "pld_objective",
+    "robustness_bound",
     "sinkd_loss",
     "two_step_trajectory",
     "zero_shot_distill",
