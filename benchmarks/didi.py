@@ -3,7 +3,10 @@ parts. Writes didi.json.
 
 Float32, one thread, processor time; "ratio" is ours over the peer's, the median over rounds. No package ships the
 method: the peers are what it cannot do without, and the textbook sampler, which draws every position from the whole
-posterior at each step.
+posterior at each step. "no cache" calls the denoiser for every sequence at each step, as bare calls do, and differs
+from them by the sampler's own work, and by the last layer, which only positions that get a symbol take; a sequence
+that gets none in a step is else not looked at ("calls saved"). A step of training takes besides its calls both
+optimizers, the average of the weights, and the draws.
 """
 
 import json

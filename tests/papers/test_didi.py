@@ -113,11 +113,12 @@ def test_real_text_is_likelier_and_nearer_than_its_letters_without_order():
 @pytest.mark.reproduce
 def test_one_seed_of_reduced_size_and_its_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TEACHER_STEPS", 300)
-    monkeypatch.setattr(study, "STEPS", 120)
-    monkeypatch.setattr(study, "SHORT", 101)
-    monkeypatch.setattr(study, "SAMPLES", 500)
-    monkeypatch.setattr(study, "TEXT_SAMPLES", 200)
-    monkeypatch.setattr(study, "TEXT_TEACHER_STEPS", 60)
+    monkeypatch.setattr(study, "STEPS", 30)
+    monkeypatch.setattr(study, "SHORT", 12)
+    monkeypatch.setattr(study, "SETTINGS", {**study.SETTINGS, "discriminator_first": 10})
+    monkeypatch.setattr(study, "SAMPLES", 400)
+    monkeypatch.setattr(study, "TEXT_SAMPLES", 50)
+    monkeypatch.setattr(study, "TEXT_TEACHER_STEPS", 20)
     monkeypatch.setattr(study, "TEXT_SETTINGS", {**study.TEXT_SETTINGS, "iterations": 20, "discriminator_first": 10})
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=1))
     card = tomllib.loads(resources.files("kullback.papers.didi").joinpath("card.toml").read_text())

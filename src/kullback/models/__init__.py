@@ -1,7 +1,7 @@
 """Small models, built from a configuration and trained on the spot."""
 
 from kullback.models.adder import trained_adder
-from kullback.models.denoisers import FlatDenoiser, TokenDiscriminator, TransformerDenoiser
+from kullback.models.denoisers import FlatDenoiser, TokenDiscriminator, TransformerDenoiser, WindowDenoiser
 from kullback.models.ensemble import EnsembleMLP, train_ensemble
 from kullback.models.experts import CosineHead, ExpertLinear, Experts, MultiExpert
 from kullback.models.masked_diffusion import (
@@ -27,6 +27,7 @@ __all__ = [
     "MultiExpert",
     "TokenDiscriminator",
     "TransformerDenoiser",
+    "WindowDenoiser",
     "mdm_exact_distribution",
     "mdm_loss",
     "mdm_posterior",
