@@ -105,7 +105,7 @@ def test_a_trainer_descends_on_a_cache(name, cache, world, tmp_path):
     assert loss() < before - 1e-3 * abs(before)
 
 
-@pytest.mark.parametrize("name", ["mcmi", "mdcs", "cs-ib", "didi", "skew-lk", "sinkhorn"])
+@pytest.mark.parametrize("name", ["mcmi", "mdcs", "cs-ib", "didi", "skew-lk", "sinkhorn", "kd", "gkd", "listmle"])
 def test_what_is_no_objective_says_where_it_is(name):
     with pytest.raises(ConfigError) as caught:
         job.objective_of(objective(name))
@@ -115,7 +115,8 @@ def test_what_is_no_objective_says_where_it_is(name):
         place = said.split("kullback.distill.")[1].split(",")[0]
         assert hasattr(distill, place) or place in distill.__all__
     else:
-        assert ("skew_kl" if name == "skew-lk" else "sinkd") in said
+        known = {"skew-lk": "skew_kl", "kd": "kl here", "gkd": "generalized_jsd here", "listmle": "pld here"}
+        assert known.get(name, "sinkd") in said
 
 
 def weights(folder):

@@ -36,8 +36,8 @@ class ServedTeacher:
 
     @property
     def has_labels(self) -> bool:
-        """Whether the server says how probable a prompt's tokens are beside its top K; it is asked about two tokens."""
-        ids = torch.zeros(1, 2, dtype=torch.long)
+        """Whether the server says how probable a prompt's tokens are beside its top K; it is asked about some."""
+        ids = torch.arange(min(16, self.vocabulary)).unsqueeze(0)
         return self(ids, torch.ones_like(ids)).label_log_probs is not None
 
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:

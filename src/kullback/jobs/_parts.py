@@ -53,7 +53,9 @@ def processes(training: TrainingConfig) -> PartialState:
     """The processes of this job. Raises ConfigError when sharding is asked for and there is nothing to shard over."""
     state = PartialState(cpu=on_cpu())
     if training.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise ConfigError("training.fsdp shards over several processes with an accelerator each: leave it out here")
+        raise ConfigError(
+            "training.fsdp shards over several processes with an accelerator each: start them, or leave it out"
+        )
     return state
 
 

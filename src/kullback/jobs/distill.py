@@ -145,7 +145,10 @@ def objective_names() -> tuple[str, ...]:
     return tuple(sorted({*NAMES, *_builders()}))
 
 
-_ELSEWHERE = {  # losses of the room that are not of a teacher's and a student's logits: what they are, and where
+_ELSEWHERE = {  # what is another objective with options, and methods of the room that are not of two models' logits
+    "kd": "is kl here, with objective.temperature, objective.squared_temperature and objective.cross_entropy",
+    "gkd": "is generalized_jsd here, with its beta, and objective.on_policy for the share of the student's own samples",
+    "listmle": "is pld here, with objective.options.weights=uniform",
     "mcmi": "fine-tunes a teacher, before it is distilled: kullback.distill.MCMITeacherTrainer, and then kl here",
     "mdcs": "makes several experts of one classifier differ, without a teacher: kullback.distill.MDCSTrainer",
     "cs_ib": "trains a regressor from its inputs and representation: kullback.distill.CSIBRegressor",
