@@ -27,9 +27,9 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = [
-    "CosineSchedule", "LogLinearSchedule", "MDMLoss", "Schedule", "categorical", "corrupt", "draw_index", "logits_at",
-    "mdm_exact_distribution", "mdm_loss", "mdm_posterior", "substituted", "transition_logprob", "unmask_share",
-    "without_mask",
+    "CosineSchedule", "LogLinearSchedule", "MDMLoss", "Schedule", "categorical", "corrupt", "draw_index", "finest",
+    "logits_at", "mdm_exact_distribution", "mdm_loss", "mdm_posterior", "substituted", "transition_logprob",
+    "unmask_share", "without_mask",
 ]  # fmt: skip
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -134,8 +134,8 @@ def categorical(log_p: Tensor, *, generator: torch.Generator) -> Tensor:
 def draw_index(weights: Tensor, *, generator: torch.Generator) -> Tensor:
     """One index [...] for each row of weights [..., V] of 0 or more, by inversion of their sums up to each column.
 
-    Uniform numbers and sums are in double precision: with coarser ones what is rare is never drawn, which fakes a
-    lower temperature. Long rows are summed in blocks, and only the block that is hit column by column.
+    Uniform numbers and sums are as fine as the device has them: with coarser ones what is rare is never drawn, which
+    fakes a lower temperature. Long rows are summed in blocks, and only the block that is hit column by column.
     Raises ConfigError where a row sums to nothing, or holds NaN.
 
     >>> draw_index(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), generator=torch.Generator().manual_seed(0))
@@ -152,15 +152,22 @@ def draw_index(weights: Tensor, *, generator: torch.Generator) -> Tensor:
     return (start * _BLOCK + _inverted(rows, generator)).view(weights.shape[:-1])
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """The finest floating point numbers of a device: double precision, but for those of Apple, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _inverted(rows: Tensor, generator: torch.Generator) -> Tensor:
     """The first column [m, 1] whose sum of weights [m, V] passes a uniform share of all."""
-    sums = rows.cumsum(-1, dtype=torch.float64)
+    dtype = finest(rows.device)
+    sums = rows.cumsum(-1, dtype=dtype)
     total = sums[:, -1:]
     if len(rows) and not (float(total.min()) > 0.0 and float(total.max()) < math.inf):
         raise ConfigError("weights are 0 or more and not all 0 in a row, and are no numbers, or nothing, in one here")
-    uniform = torch.rand(len(rows), 1, generator=generator, device=rows.device, dtype=torch.float64)
+    uniform = torch.rand(len(rows), 1, generator=generator, device=rows.device, dtype=dtype)
     # The product is rounded, and must stay below the total.
-    return torch.searchsorted(sums, uniform.mul_(1.0 - 2.0**-50).mul_(total), right=True)
+    below = 1.0 - 4.0 * torch.finfo(dtype).eps
+    return torch.searchsorted(sums, uniform.mul_(below).mul_(total), right=True)
 
 
 def logits_at(model: Denoiser, z: Tensor, t: Tensor, places: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from kullback.models.masked_diffusion import (
     LogLinearSchedule,
     Schedule,
     draw_index,
+    finest,
     logits_at,
     unmask_share,
     without_mask,
@@ -126,8 +127,9 @@ class AncestralSampler:
         """
         t = self.times(state.step)[0]
         ends = torch.tensor([self.times(step)[1] for step in range(state.step, self.steps - 1)], dtype=torch.float64)
-        passed = unmask_share(self.schedule, t, ends).to(state.z.device)
-        uniform = torch.rand(state.z.shape, generator=generator, device=state.z.device, dtype=torch.float64)
+        dtype = finest(state.z.device)
+        passed = unmask_share(self.schedule, t, ends).to(dtype).to(state.z.device)
+        uniform = torch.rand(state.z.shape, generator=generator, device=state.z.device, dtype=dtype)
         drawn = torch.searchsorted(passed, uniform, right=True) + state.step
         return drawn.masked_fill_(state.z != self.mask_id, -1)
 
