@@ -315,6 +315,26 @@ def test_the_same_generator_gives_the_same_bits():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_tensors_are_made_on_the_device_of_the_numbers(generator):
+    """Where the default is another device, one without memory, nothing of it comes in."""
+    model, prior = linear(), coefficients()
+    with torch.device("meta"):
+        for scheme in ("systematic", "multinomial", "stratified", "residual"):
+            found = smc(model, 20, resampler=scheme, ess_threshold=0.9, generator=generator, chains=2)
+            assert found.log_weights.device.type == "cpu"
+        smc(model, 20, generator=generator)
+        smc(model, 4000, generator=generator)
+        for sites in ("one", "all", [(0,), (0, 0)]):
+            rmsmc(model, 10, 2, sites=sites, local=True, generator=generator)
+            chain = mh(model, 3, sites=sites, drift=0.5, generator=generator, chains=2)
+            assert {part.device.type for part in (chain.values, chain.accepted, chain.trace)} == {"cpu"}
+        mh(model, 2, init=chain.trace, generator=generator, chains=2)
+        pmmh(prior, of_coefficient, 5, 2, generator=generator, chains=2)
+        smc2(prior, of_coefficient, 4, 3, 2, generator=generator)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            (chain.accepted + torch.zeros(2)).tolist()  # which is how it would be noticed
+
+
 def test_states_may_be_nested(generator):
     def start(z):
         return {"x": z[..., 0], "path": (z[..., :1],)}, torch.zeros(z.shape[:-1], dtype=torch.float64)

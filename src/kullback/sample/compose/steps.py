@@ -33,10 +33,10 @@ class Numbers:
 
     def __init__(self, source: torch.Generator | Sequence[float] | Tensor) -> None:
         self._generator = source if isinstance(source, torch.Generator) else None
-        self._device = source.device if isinstance(source, torch.Generator) else None
-        self._given = torch.empty(0, dtype=torch.float64)
+        self.device = source.device if isinstance(source, torch.Generator) else torch.device("cpu")
+        self._given = torch.empty(0, dtype=torch.float64, device=self.device)
         if not isinstance(source, torch.Generator):
-            self._given = torch.as_tensor(source, dtype=torch.float64).flatten()
+            self._given = torch.as_tensor(source, dtype=torch.float64, device=self.device).flatten()
         self._block: list[float] = self._given.tolist()
         self._at = 0
 
@@ -50,13 +50,13 @@ class Numbers:
     def _more(self, count: int) -> Tensor:
         if self._generator is None:
             raise DataError(f"the {len(self._given)} uniform numbers that were given are used up: give more")
-        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+        return torch.rand(count, generator=self._generator, dtype=torch.float64, device=self.device)
 
     def take(self, shape: Sequence[int], kind: Noise = "uniform") -> Tensor:
         """The next numbers as a tensor; normal ones are quantiles of uniform ones where those are given."""
         if self._generator is not None:
             make = torch.rand if kind == "uniform" else torch.randn
-            return make(shape, generator=self._generator, dtype=torch.float64, device=self._device)
+            return make(shape, generator=self._generator, dtype=torch.float64, device=self.device)
         first, self._at = self._at, self._at + math.prod(shape)
         if self._at > len(self._given):
             self._more(1)

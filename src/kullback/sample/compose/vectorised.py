@@ -79,9 +79,13 @@ def resampled(now: Filter, scheme: str, ess_threshold: float, numbers: Numbers) 
         low = (effective <= ess_threshold * count) & (found.total > -math.inf)
         if not bool(low.any()):
             return now
-        index = torch.where(low, ancestor_index(weights, scheme, numbers, found), torch.arange(count))
+        index = torch.where(low, ancestor_index(weights, scheme, numbers, found), _places(weights))
         return now.reindexed(index, torch.where(low, after, weights))
     return now.reindexed(ancestor_index(weights, scheme, numbers, found), after)
+
+
+def _places(weights: Tensor) -> Tensor:
+    return torch.arange(weights.shape[1], device=weights.device)
 
 
 def _advance(method: Any, model: Steps, now: Filter, numbers: Numbers) -> Filter:
@@ -121,8 +125,8 @@ def _moved(method: Any, noise: Tensor, kind: Noise, numbers: Numbers) -> Tensor:
     drawn = _shifted(method.drift, flat, kind, numbers)
     if method.sites == "all":
         return drawn.view_as(noise)
-    places = torch.arange(flat.shape[2])
-    inside = torch.stack([torch.isin(places, torch.tensor(block)) for block in method.sites])
+    places = torch.arange(flat.shape[2], device=flat.device)
+    inside = torch.stack([torch.isin(places, torch.tensor(block, device=flat.device)) for block in method.sites])
     pick = (numbers.take(flat.shape[:2]) * len(inside)).long()
     return torch.where(inside[pick], drawn, flat).view_as(noise)
 
@@ -181,8 +185,8 @@ def _collected(states: list[Any]) -> Any:
 def _mh(method: MH, model: Steps, numbers: Numbers, chains: int) -> Chain:
     if method.accept is not None:
         raise ConfigError("accept is of traces one by one: over tensors leave it out")
-    now = _first_trace(model, numbers, chains) if method.init is None else _begun(model, method.init, chains)
-    states, densities, accepted = [], [], torch.zeros(chains, dtype=torch.float64)
+    now = _first_trace(model, numbers, chains) if method.init is None else _begun(model, method.init, numbers, chains)
+    states, densities, accepted = [], [], torch.zeros_like(now.log_weights[:, 0])
     for _ in range(method.num_steps):
         now, accept = _move(method, model, now, numbers)
         states.append(now.state)
@@ -204,9 +208,10 @@ def _first_trace(model: Steps, numbers: Numbers, chains: int) -> Filter:
     return now
 
 
-def _begun(model: Steps, init: Any, chains: int) -> Filter:
+def _begun(model: Steps, init: Any, numbers: Numbers, chains: int) -> Filter:
     """The runs of noise that is given."""
-    noise, shape = torch.as_tensor(init, dtype=torch.float64), (model.length, model.sites)
+    shape = (model.length, model.sites)
+    noise = torch.as_tensor(init, dtype=torch.float64, device=numbers.device)
     if noise.shape not in (shape, (1, *shape), (chains, *shape)) or not bool(noise.isfinite().all()):
         raise ShapeError(f"init is finite noise {shape}, or {(chains, *shape)}, and is {tuple(noise.shape)}")
     noise = noise.expand(chains, *shape).unsqueeze(1).contiguous()
@@ -262,7 +267,7 @@ def _pmmh_step(
 
 def _pmmh(method: PMMH, prior: Prior, numbers: Numbers, chains: int) -> Chain:
     now = _judge(method, prior, numbers.take((chains, 1, prior.sites), prior.noise), method.num_filter_steps, numbers)
-    states, evidences, accepted = [], [], torch.zeros(chains, dtype=torch.float64)
+    states, evidences, accepted = [], [], torch.zeros_like(now.log_evidence)
     for _ in range(method.num_steps):
         now, accept = _pmmh_step(method, prior, now, method.num_filter_steps, numbers)
         pick = ancestor_index(now.filtered.log_weights, "multinomial", numbers)[:, :1]
