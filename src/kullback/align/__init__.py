@@ -98,7 +98,8 @@ from kullback.align.policy_gradient import (
     reference_penalty,
 )
 from kullback.align.posterior import PosteriorTarget, collapse_report, elbo, eubo, implied_beta
-from kullback.align.ppo import clipped_value_loss, generalised_advantages, shaped_rewards
+from kullback.align.ppo import Ppo, clipped_value_loss, generalised_advantages, shaped_rewards
+from kullback.align.proposals import ProposalContest
 from kullback.align.regularised import RegularisedPolicy, f_regularised_policy
 from kullback.align.rehearsal import Partition, RehearsalBuffer, partition_by_pass_rate, rehearse
 from kullback.align.rewards import (
@@ -171,9 +172,11 @@ __all__ = [
     "PipelineResult",
     "PostTrainingPipeline",
     "PosteriorTarget",
+    "Ppo",
     "Preference",
     "PreferenceGame",
     "PriorSampler",
+    "ProposalContest",
     "RateFunction",
     "RegularisedPolicy",
     "RehearsalBuffer",
