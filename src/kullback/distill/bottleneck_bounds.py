@@ -8,7 +8,8 @@ product (the cross-kernel mean), I = log(a b / c^2), and for functions f of x an
 what compression lowers. For f = k(., u) - k(., u'), whose length is sqrt(2 - 2 exp(-|u - u'|^2 / (2 sigma_x^2))), it
 limits how far a shift of u moves the kernel-smoothed prediction at u. The paper (arXiv 2404.17951) has a bound of this
 form on E|h(x + delta) - h(x)|, after Wang et al. 2021 (arXiv 2106.02734), with constants that cannot be measured and up
-to o(radius); the one here holds exactly, for the smoothed prediction. Both are diagnostics: they are far from tight.
+to o(radius); the one here holds exactly, for the smoothed prediction over the sample, and is a diagnostic: it says
+nothing of the prediction at a single input.
 
 Shapes: inputs x [n, d], representations t [n, k], predictions [n] or [n, 1].
 """
