@@ -64,11 +64,11 @@ class PostTrainingPipeline:
 
     >>> from kullback.align.methods import Preference, Supervised
     >>> pipeline = PostTrainingPipeline(
-    ...     sft=Stage(name="sft", method=Supervised(), learning_rate=2e-5, steps=100),
+    ...     sft=Stage(name="sft", method=Supervised(), learning_rate=1e-3, steps=100),
     ...     preference=Stage(name="dpo", method=Preference(), learning_rate=5e-7, steps=100),
     ... )
     >>> [(stage.name, stage.learning_rate) for stage in pipeline.stages]
-    [('sft', 4e-06), ('dpo', 5e-07)]
+    [('sft', 0.0002), ('dpo', 5e-07)]
     """
 
     sft: Stage

@@ -40,6 +40,7 @@ __all__ = [
     "tilt",
 ]
 
+_HELD = 600.0  # a surprise whose probability float64 holds
 _BLOCK = 1 << 16  # numbers that are solved for together: they stay in the cache from one step to the next
 
 
@@ -70,10 +71,14 @@ def _checked(log_reference: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"log-probabilities and rewards are both [..., N], got {shapes}") from None
     if log_p.ndim == 0 or log_p.shape[-1] == 0:
         raise ShapeError("log-probabilities and rewards are over at least one outcome, got none")
-    total = log_p.logsumexp(-1)
+    rows = log_p.reshape(-1, log_p.shape[-1])
+    sums = [part.exp().sum(-1) for part in rows.split(max(1, _BLOCK // rows.shape[1]))]
+    total = torch.cat(sums).view(log_p.shape[:-1]).log()
     if not bool((total.abs() <= 1e-6).all()):
         worst = total.flatten()[(total.abs().nan_to_num(nan=math.inf)).argmax()]
         raise DataError(f"the reference does not sum to 1 (its log-sum is {worst:.2g}): take log_softmax of its logits")
+    if bool(log_p.amin() > -math.inf) and bool(r.isfinite().all()):
+        return log_p, r
     held = log_p > -math.inf
     if not bool(r.masked_fill(~held, 0.0).isfinite().all()):
         raise DataError("a reward of an outcome that the reference can have is not finite: score it again or mask it")
@@ -135,21 +140,28 @@ def largest_kl(log_reference: Tensor, reward: Tensor) -> Tensor:
 
 
 def _largest(log_p: Tensor, r: Tensor) -> Tensor:
-    top = r.amax(-1, keepdim=True)
-    return -log_p.masked_fill(r < top, -math.inf).logsumexp(-1).clamp(max=0.0)
+    best = log_p.masked_fill(r < r.amax(-1, keepdim=True), -math.inf)
+    top = best.amax(-1, keepdim=True)
+    return -((best - top).exp_().sum(-1).log_() + top.squeeze(-1)).clamp(max=0.0)
 
 
-def _moments(log_p: Tensor, r: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL, mean and variance of r under the tilt, [B, N] to [B], with r <= 0 whose maximum is 0."""
-    logits = torch.addcmul(log_p, beta.unsqueeze(1), r)
-    top = logits.amax(1, keepdim=True)
-    weights = logits.sub_(top).exp_()
+def _moments(
+    log_p: Tensor, r: Tensor, beta: Tensor, squares: Tensor | None = None, workspace: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, mean and variance of r under the tilt, [B, N] to [B], with r <= 0 whose maximum is 0.
+
+    squares: r^2; workspace: what the weights are written to. With both, the weights are taken as they are: none exceeds
+    1 and the best has that of the reference, which must be a number that float64 holds.
+    """
+    logits = torch.addcmul(log_p, beta.unsqueeze(1), r, out=workspace)
+    top = None if workspace is not None else logits.amax(1, keepdim=True)
+    weights = (logits if top is None else logits.sub_(top)).exp_()
     total = weights.sum(1)
-    weighted = weights.mul_(r)
-    mean = weighted.sum(1) / total
+    mean = torch.linalg.vecdot(weights, r) / total
     # r is at most 0 and 0 at its best, so that squares about 0 lose nothing where the tilt has gone to its end
-    variance = (torch.linalg.vecdot(weighted, r) / total - mean.square()).clamp_(min=0.0)
-    return (beta * mean - top.squeeze(1) - total.log()).clamp_(min=0.0), mean, variance
+    second = torch.linalg.vecdot(weights, r.square() if squares is None else squares) / total
+    log_z = total.log() if top is None else total.log() + top.squeeze(1)
+    return (beta * mean - log_z).clamp_(min=0.0), mean, (second - mean.square()).clamp_(min=0.0)
 
 
 def _root(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
@@ -163,10 +175,12 @@ def _root(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: flo
 
     wanted = bent(delta)
     low, high = torch.zeros_like(delta), torch.full_like(delta, math.inf)
-    variance = _moments(log_p, r, low)[2]
+    squares = r.square()
+    workspace = torch.empty_like(squares) if bool((limit < _HELD).all()) else None
+    variance = _moments(log_p, r, low, squares, workspace)[2]
     beta = (2.0 * delta / variance).sqrt()
     for _ in range(200):
-        found, _, variance = _moments(log_p, r, beta)
+        found, _, variance = _moments(log_p, r, beta, squares, workspace)
         excess = found - delta
         done = excess.abs() <= tolerance * delta.clamp(max=1.0) + 4e-16
         if bool((done | (low >= (1.0 - 4e-16) * high)).all()):
@@ -208,26 +222,40 @@ def solve_tilt_for_kl(
         raise ConfigError(f"a KL budget delta is 0 or more, got {budget.min().item():g}")
     if constraint not in ("per_prompt", "average"):
         raise ConfigError(f"constraint is per_prompt or average, not {constraint!r}")
-    flat, rewards = log_p.reshape(-1, log_p.shape[-1]), (r - r.amax(-1, keepdim=True)).reshape(-1, r.shape[-1])
-    limit = _largest(flat, rewards)
+    flat, rewards = log_p.reshape(-1, log_p.shape[-1]), r.reshape(-1, r.shape[-1])
     if constraint == "average":
         if budget.ndim:
             raise ConfigError("constraint='average' takes one delta for all prompts")
-        beta = _shared_root(flat, rewards, budget, limit, tolerance).expand(shape)
+        below = rewards - rewards.amax(-1, keepdim=True)
+        budgets = _shared_root(flat, below, budget, _largest(flat, below), tolerance).expand(len(flat))
     else:
-        beta = _roots(flat, rewards, budget.expand(shape).reshape(-1), limit, tolerance).view(shape)
-    log_policy = _tilted(log_p, r, beta)
-    return TiltSolution(beta, log_policy, kl(log_policy, log_p).clamp(min=0.0), (log_policy.exp() * r).sum(-1))
+        budgets = budget.expand(shape).reshape(-1)
+    log_policy = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    beta, spent, earned = log_policy.new_empty(3, len(flat))
+    rows = max(1, _BLOCK // flat.shape[1])
+    for begin in range(0, len(flat), rows):  # a block stays in the caches from its root to its reward
+        block = slice(begin, begin + rows)
+        p, below = flat[block], rewards[block] - rewards[block].amax(-1, keepdim=True)
+        if constraint == "average":
+            beta[block] = budgets[block]
+        else:
+            beta[block] = _roots(p, below, budgets[block], _largest(p, below), tolerance)
+        tilted = _tilted(p, below, beta[block])
+        log_policy[block] = tilted
+        ratio, weights = tilted - p, tilted.exp()
+        direct = torch.linalg.vecdot(weights, ratio)
+        spent[block] = (kl(tilted, p) if bool(direct.isnan().any()) else direct).clamp_(min=0.0)
+        earned[block] = torch.linalg.vecdot(weights, rewards[block])
+    return TiltSolution(beta.view(shape), log_policy.view(log_p.shape), spent.view(shape), earned.view(shape))
 
 
 def _roots(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
     beta = torch.zeros_like(delta).masked_fill(delta >= limit, math.inf)
-    rows = max(1, _BLOCK // log_p.shape[1])
-    for begin in range(0, len(delta), rows):
-        block = slice(begin, begin + rows)
-        open_ = ((delta[block] > 0) & (delta[block] < limit[block])).nonzero().squeeze(1) + begin
-        if len(open_):
-            beta[open_] = _root(log_p[open_], r[open_], delta[open_], limit[open_], tolerance)
+    open_ = (delta > 0) & (delta < limit)
+    if bool(open_.all()):
+        return _root(log_p, r, delta, limit, tolerance)
+    if bool(open_.any()):
+        beta[open_] = _root(log_p[open_], r[open_], delta[open_], limit[open_], tolerance)
     return beta
 
 
