@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kullback.core.errors import DataError
-from kullback.sample.fkc import birth_death_step, systematic_resample
+from kullback.sample.fkc import birth_death_step, log_normalizer, systematic_resample
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _fkc_targets import seeded
@@ -82,3 +82,19 @@ def test_births_and_deaths_follow_their_rates():
     assert bool(((found - wanted).abs() <= 6 * (wanted * (1 - wanted) / 20_000).sqrt() + 1e-12).all())
     still = birth_death_step(torch.tensor([[0.0] * 5, [9.0] + [-9.0] * 4, [0.0] * 5]), generator=seeded(1))
     assert still.tolist() == [[0, 1, 2, 3, 4], [0] * 5, [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_mean_weights_are_those_of_logsumexp(dtype):
+    logs = 20.0 * torch.randn(6, 300, generator=seeded(1), dtype=dtype)
+    logs[1, :] = -math.inf
+    logs[2, 1:] = -math.inf
+    logs[3] = 4.0
+    expected = logs.logsumexp(-1) - math.log(300)
+    torch.testing.assert_close(log_normalizer(logs), expected)
+    logs[4, 7] = math.nan
+    assert log_normalizer(logs)[4].isnan()
+    leaf = torch.randn(2, 5, generator=seeded(2), dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(log_normalizer, (leaf,))
+    (slope,) = torch.autograd.grad(log_normalizer(leaf).sum(), leaf)
+    torch.testing.assert_close(slope, leaf.softmax(-1))
