@@ -3,7 +3,9 @@
 Gaussian data in d dimensions, log-densities of 200 to 1000 queries at h = h_G, one thread. Times are medians of calls
 in turn, "ratio" is the other's time over ours; "error" is the largest one of a log-density against differences in
 float64, "MB" what the process holds at its peak beyond what it held before (Linux only). The product of the matrices
-alone, in blocks that stay in the cache, is the roof. Writes kde_regimes.json.
+alone, in blocks that stay in the cache, is the roof. A diagnosis takes the same pass with sums of squares and the
+nearest points beside it, and some 10 ms whatever the size: replicates for the spread; so its ratio falls with the
+number of queries, from 4 to a little above 2. Writes kde_regimes.json.
 """
 
 import json
@@ -70,6 +72,22 @@ def contenders(n, d):
     }
 
 
+def many_queries(n, d, count):
+    """A thousand queries of the points themselves, diagnosed beside one density estimate of as many; no peer."""
+    points, _, h = cloud(n, d)
+    single, regimes = HighDimKDE(h).fit(points), KDERegimes(n_queries=count).fit(points)
+    calls = {
+        "kullback single": lambda: single.score_samples(points[:count]),
+        "kullback diagnose": lambda: regimes.diagnose(h),
+    }
+    seconds, _ = race(calls, 3)
+    case = f"n = {n}, d = {d}, {count} queries"
+    return [
+        {"case": case, "who": who, "ms": round(1e3 * taken, 2), "ratio": round(taken / seconds["kullback single"], 2)}
+        for who, taken in seconds.items()
+    ]
+
+
 def megabytes(call):
     """The peak of resident memory during a call, above that before."""
     if not Path("/proc/self/clear_refs").exists():
@@ -123,6 +141,7 @@ def main():
     sizes = ((3_000, 20, 5), (20_000, 32, 3), (100_000, 64, 1)) if "--quick" not in sys.argv else ((3_000, 20, 3),)
     for n, d, rounds in sizes:
         table += densities(n, d, rounds)
+    table += many_queries(100_000, 64, 1000) if "--quick" not in sys.argv else []
     for row in table:
         error, held = row.get("error") or 0.0, row.get("MB") or 0.0
         tail = f"x {row['ratio']:8.2f}  error {error:.1e}  {held:7.1f} MB" if "ratio" in row else ""

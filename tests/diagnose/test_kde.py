@@ -215,6 +215,19 @@ def test_a_training_point_is_its_own_neighbour(generator):
     assert trivial.participation > 0.999 > honest.participation
 
 
+def test_a_few_typical_queries_stand_for_the_spread_of_all(generator):
+    points = normal(generator, 1500, 20)
+    made = KDERegimes(n_queries=1500).fit(points)
+    for h in (0.6, 0.9, 1.2):
+        everything = torch.arange(1500)
+        found = made.points_.sums(made.points_.rows, h, squares=True, nearest=made.k_, exclude=everything)
+        top = -0.5 * found.squared / h**2
+        ends = log_sum_quantiles(top[:200], found.log_sum[:200], found.log_sum_squares[:200], 1500, (0.1587, 0.8413))
+        exact = 0.5 * (ends[:, 1] - ends[:, 0])
+        assert made.diagnose(h).stderr_log == pytest.approx(exact.median().item(), rel=0.15)
+        assert exact.std() > 0.15 * exact.median(), "it is not the same for every query"
+
+
 def test_diagnosis_scales_with_the_data(generator):
     points = normal(generator, 500, 10)
     one, other = KDERegimes().fit(points).diagnose(0.5), KDERegimes().fit(4 * points).diagnose(2.0)

@@ -104,6 +104,7 @@ class KDERegimes(Parameters):
         if not float(spectrum[0]) > 0.0:
             raise DataError("all points are the same: there is no density to estimate")
         self.spectrum_ = spectrum.clamp(min=0.0)
+        self._gaussian: float | None = None
         self.k_, self.points_, self.n_samples_, self.n_features_in_ = k, points, n, table.shape[1]
         return self
 
@@ -137,10 +138,9 @@ class KDERegimes(Parameters):
         mu = power_tail_index(top)[0] if self.slope == "power" else hill_tail_index(top)
         if not bool(torch.isfinite(mu.median())):
             raise DataError(f"the {self.k_} nearest points of most queries are at one distance: give a larger k")
-        theory = self.theory_
         centre, h_glass = float(mu.median()), h / math.sqrt(float(mu.median()))
         width = [float(end) for end in _median_interval(mu)]
-        some = slice(0, 24)  # replicates take their time, and a median needs few
+        some = (mu - centre).abs().argsort()[:_TYPICAL]
         spread = log_sum_quantiles(top[some], log_sum[some], log_squares[some], self.n_samples_, (0.1587, 0.8413))
         participation = (log_squares - 2.0 * log_sum).exp().clamp(max=1.0)
         name = regime_of(centre)
@@ -150,15 +150,22 @@ class KDERegimes(Parameters):
             mu_ci=(width[0], width[1]),
             h_glass=h_glass,
             h_clt=math.sqrt(2.0) * h_glass,
-            h_kl=math.sqrt(float(squared[:, 0].median()) / theory.dimension),
+            h_kl=math.sqrt(float(squared[:, 0].median()) / int((self.spectrum_ > 1e-12 * self.spectrum_[0]).sum())),
             participation=float(participation.median()),
             n_eff=1.0 / float(participation.median()),
             stderr_log=float((0.5 * (spread[:, 1] - spread[:, 0])).median()),
-            gaussian_h_glass=float(theory.h_glass(self.n_samples_, finite=True)),
+            gaussian_h_glass=self._gaussian_h_glass(),
             message=_MESSAGES[name].format(h=h, mu=centre, h_glass=h_glass, h_clt=math.sqrt(2.0) * h_glass),
         )
 
+    def _gaussian_h_glass(self) -> float:
+        """That of the fitted spectrum, found once: it takes as long as a pass over some thousand points."""
+        if self._gaussian is None:
+            self._gaussian = float(self.theory_.h_glass(self.n_samples_, finite=True))
+        return self._gaussian
 
+
+_TYPICAL = 8  # queries, those nearest to the median tail index, whose replicates stand for the median of all
 _MESSAGES = {
     "gaussian": "h = {h:.4g} is above h_CLT = {h_clt:.4g}: the estimate fluctuates normally, as its variance says.",
     "heavy-tailed": "h = {h:.4g} lies between h_G = {h_glass:.4g} and h_CLT = {h_clt:.4g}: its mean is right, but its "

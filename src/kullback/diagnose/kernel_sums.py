@@ -83,20 +83,20 @@ class Points:
         bias = (-scale * self.half_norms).to(queries.dtype)
         offset = (-0.5 * scale) * queries.double().square().sum(1)
         block = _BYTES // (_QUERIES * queries.element_size())
-        buffer, own = queries.new_empty(len(queries), block), torch.arange(len(queries))
+        buffer = queries.new_empty(len(queries), block)
         floor = -40.0 if queries.dtype == torch.float32 else -300.0  # denormal numbers are slow, above all once squared
         log_sum = torch.full((len(queries),), -math.inf, dtype=torch.float64)
         log_squares = log_sum.clone()
         best = _Best(len(queries), nearest, block, queries.dtype) if nearest else None
+        skipped = _by_block(exclude, block)
         if best is not None and sampled:
-            best.threshold = self._threshold(scaled, bias, nearest)
+            best.threshold = self._threshold(scaled, bias, nearest).numpy()
         for start in range(0, len(self.rows), block):
             stop = min(start + block, len(self.rows))
             logits = buffer[:, : stop - start]
             torch.addmm(bias[start:stop], scaled, self.transposed[:, start:stop], out=logits)
-            if exclude is not None:
-                inside = (exclude >= start) & (exclude < stop)
-                logits[own[inside], exclude[inside] - start] = -math.inf
+            if start // block in skipped:
+                logits[skipped[start // block]] = -math.inf
             if best is None:
                 top = logits.amax(1)
             else:
@@ -106,8 +106,9 @@ class Points:
             logits.sub_(top.unsqueeze(1)).clamp_(min=floor).exp_()
             log_sum = torch.logaddexp(log_sum, logits.sum(1).double().log() + top)
             if squares:
-                log_squares = torch.logaddexp(log_squares, logits.square_().sum(1).double().log() + 2.0 * top)
-        if best is not None and sampled and int(best.count.amin()) < nearest:  # the sample was not like the rest
+                norms = torch.linalg.vector_norm(logits, dim=1)
+                log_squares = torch.logaddexp(log_squares, 2.0 * (norms.double().log() + top))
+        if best is not None and sampled and int(best.count.min()) < nearest:  # the sample was not like the rest
             return self._pass(queries, h, squares, nearest, exclude, sampled=False)
         squared, index = (None, None) if best is None else self._refined(queries, best.indices())
         return log_sum + offset, log_squares + 2.0 * offset if squares else None, squared, index
@@ -117,6 +118,9 @@ class Points:
         share = nearest / _GROUP
         rank = math.ceil(share + 4.0 * math.sqrt(share)) + 1
         logits = torch.addmm(bias[::_GROUP], scaled, self.rows[::_GROUP].T)
+        whole = logits.shape[1] // _GROUP
+        if whole >= 4 * rank:  # the largest of groups: hardly ever two of the wanted in one, and then it is lower
+            logits = logits[:, : whole * _GROUP].unflatten(1, (_GROUP, whole)).amax(1)
         return logits.topk(rank, dim=1).values[:, -1:].contiguous()
 
     def _refined(self, queries: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,16 +136,27 @@ class Points:
         return squared, index.gather(1, order)
 
 
+def _by_block(exclude: Tensor | None, block: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Rows and columns of what is left out, by the number of the block of columns that it is in."""
+    if exclude is None:
+        return {}
+    number = exclude // block
+    places = {int(one): (number == one).nonzero().squeeze(1) for one in number.unique()}
+    return {one: (rows, exclude[rows] - one * block) for one, rows in places.items()}
+
+
 class _Best:
     """The k largest entries of every row over blocks of columns that come one after the other."""
 
     def __init__(self, rows: int, k: int, block: int, dtype: torch.dtype) -> None:
         self.k, self.limit = k, max(2 * k, 128)
-        self.columns = self.limit + block
-        self.values = torch.full((rows, self.columns), -math.inf, dtype=dtype)
-        self.index = torch.zeros(rows, self.columns, dtype=torch.long)
-        self.count = torch.zeros(rows, dtype=torch.long)
-        self.threshold = torch.full((rows, 1), -math.inf, dtype=dtype)
+        columns = self.limit + block
+        self._values = torch.full((rows, columns), -math.inf, dtype=dtype)
+        self._index = torch.zeros(rows, columns, dtype=torch.long)
+        # the same memory for numpy, which takes a few entries out of many several times faster than torch does
+        self._taken, self._columns = self._values.numpy(), self._index.numpy()
+        self.count = np.zeros(rows, dtype=np.int64)
+        self.threshold = np.full((rows, 1), -np.inf, dtype=self._taken.dtype)
 
     def update(self, block: Tensor, start: int) -> Tensor:
         """Take what is above the k-th largest so far in block [rows, c] from column `start` on; its maxima [rows].
@@ -151,37 +166,33 @@ class _Best:
         width = block.shape[1] // _GROUP
         groups = block.view(len(block), _GROUP, width)
         maxima = groups.amax(1)
-        row, column = _nonzero(maxima > self.threshold)
-        members = groups[row, :, column]
-        which, member = _nonzero(members > self.threshold[row])
-        row = row[which]
-        counts = torch.bincount(row, minlength=len(block))
-        place = self.count[row] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        self.values[row, place] = members[which, member]
-        self.index[row, place] = column[which] + member * width + start
-        self.count += counts
-        if int(self.count.amax()) > self.limit:
-            self._prune()
+        row, column = np.divmod(np.flatnonzero(maxima.numpy() > self.threshold), width)
+        if len(row):
+            members = groups.numpy()[row, :, column]
+            found = np.flatnonzero(members > self.threshold[row])
+            which, member = np.divmod(found, _GROUP)
+            row = row[which]
+            counts = np.bincount(row, minlength=len(block))
+            place = self.count[row] + np.arange(len(row)) - (counts.cumsum() - counts)[row]
+            self._taken[row, place] = members.ravel()[found]
+            self._columns[row, place] = column[which] + member * width + start
+            self.count += counts
+            if int(self.count.max()) > self.limit:
+                self._prune()
         return maxima.amax(1)
 
     def _prune(self) -> None:
-        values, order = self.values[:, : int(self.count.amax())].topk(self.k, dim=1)
-        index = self.index.gather(1, order)
-        self.values.fill_(-math.inf)
-        self.values[:, : self.k], self.index[:, : self.k] = values, index
-        self.count = (values > -math.inf).sum(1)
-        self.threshold = values[:, -1:].contiguous()
+        values, order = self._values[:, : int(self.count.max())].topk(self.k, dim=1)
+        index = self._index.gather(1, order)
+        self._values.fill_(-math.inf)
+        self._values[:, : self.k], self._index[:, : self.k] = values, index
+        self.count = (values > -math.inf).sum(1).numpy()
+        self.threshold = values[:, -1:].contiguous().numpy()
 
     def indices(self) -> Tensor:
         """The columns of the k largest entries [rows, k], largest first."""
-        order = self.values.topk(self.k, dim=1).indices
-        return self.index.gather(1, order)
-
-
-def _nonzero(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of what is true, in order; numpy looks for it several times faster than torch does on a CPU."""
-    flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return flat // mask.shape[1], flat % mask.shape[1]
+        order = self._values[:, : max(self.k, int(self.count.max()))].topk(self.k, dim=1).indices
+        return self._index.gather(1, order)
 
 
 def nearest_distances(queries: Tensor, points: Tensor, k: int) -> Tensor:
