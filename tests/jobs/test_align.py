@@ -264,7 +264,11 @@ turns = Turns()
 def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:constant")
-    run = job.run(align_config(adder, reward=reward), tmp_path / "run")
+    told = []
+    run = job.run(with_training(align_config(adder, reward=reward), steps=12), tmp_path / "run", listen=told.append)
+    notes = [event["text"] for event in told if event["kind"] == "note"]
+    assert len(notes) == len(events(run.path, kind="reward_equal")) == 1
+    assert "the reward 1, which tells none from another" in notes[0]
     for name, tensor in load_file(adder / "model" / "model.safetensors").items():
         assert torch.equal(tensor, weights(run.path)[name]), name
 

@@ -23,8 +23,9 @@ class ScoredRollouts:
 
     prompts: token ids of each, texts: the same as text; columns: further fields of the data by name, one value a
     prompt; length: completion tokens at most; decode: ids to text; seconds: what one call of the reward may take;
-    on_error: None lets a RewardError through, a function is told of it and all rewards of that call are 0; server:
-    draws the completions in the model's place, at temperature 1, and they have the log-probabilities of its policy.
+    on_error: None lets a RewardError through, a function is told of it and all rewards of that call are 0; told: a
+    function that hears of the rewards of each call that did not fail; server: draws the completions in the model's
+    place, at temperature 1, and they have the log-probabilities of its policy.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -41,6 +42,7 @@ class ScoredRollouts:
     seconds: float | None = 60.0
     name: str | None = None
     on_error: Callable[[RewardError], None] | None = None
+    told: Callable[[Tensor], None] | None = None
     server: ServedSampler | None = None
 
     def __len__(self) -> int:
@@ -82,7 +84,9 @@ class ScoredRollouts:
             if self.on_error is None:
                 raise
             self.on_error(error)
-            found = torch.zeros(len(rows))
+            return torch.zeros(len(rows), device=rollouts.ids.device)
+        if self.told is not None:
+            self.told(found)
         return found.to(rollouts.ids.device)
 
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from kullback.align.dph import Dph
-from kullback.align.f_dpg import FDpg, target_divergence
+from kullback.align.f_dpg import FDpg, PartitionEstimator, target_divergence
 from kullback.align.f_dpo import FDPOLoss, paper_divergence
 from kullback.align.grpo import Grpo
 from kullback.align.implicit import FSFT, matching_divergence
@@ -180,8 +180,8 @@ def _salsa(
 
 def _f_dpg(
     *, divergence: str = "js", alpha: float = 0.5, beta: float = 0.1, target: str = "tilt", baseline: str = "window",
-    max_ratio: float | None = None, proposal: str = "online", defence: float = 0.0, every: int = 16,
-    judged_by: str = "kl",
+    max_ratio: float | None = None, largest: float | None = None, proposal: str = "online", defence: float = 0.0,
+    every: int = 16, judged_by: str = "kl",
 ) -> Method:  # fmt: skip
     chosen: dict[str, Any] = {"target": target, "baseline": baseline, "proposal": proposal}
     if proposal != "offline" and (every, judged_by) != (16, "kl"):
@@ -189,7 +189,7 @@ def _f_dpg(
     contest = ProposalContest(divergence=target_divergence(judged_by), every=every)
     return FDpg(
         divergence=target_divergence(divergence, alpha=alpha), beta=beta, max_ratio=max_ratio, defence=defence,
-        contest=contest, **chosen,
+        partition=PartitionEstimator(largest=largest), contest=contest, **chosen,
     )  # fmt: skip
 
 

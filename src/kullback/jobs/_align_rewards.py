@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from kullback.align.nash_policy import judged
 from kullback.align.rewards import ArithmeticReward, ExactReward, ModelReward, PatternReward, Reward, load_reward
@@ -12,7 +15,27 @@ from kullback.core.errors import ConfigError
 if TYPE_CHECKING:
     from kullback.jobs.align import RewardConfig
 
-__all__ = ["chosen_reward"]
+__all__ = ["EqualRewards", "chosen_reward"]
+
+_IN_A_ROW = 5
+
+
+class EqualRewards:
+    """Says so, once, when all completions of five batches in a row have had one and the same reward."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell, self.value, self.seen = tell, 0.0, 0
+
+    def __call__(self, rewards: Tensor) -> None:
+        value = float(rewards[0])
+        alike = len(rewards) > 1 and bool((rewards == value).all())
+        self.seen = (self.seen + 1 if self.seen and value == self.value else 1) if alike else 0
+        self.value = value
+        if self.seen == _IN_A_ROW:
+            self.tell(
+                f"every completion of {_IN_A_ROW} batches in a row has the reward {value:g}, which tells none from "
+                "another: check the reward, or give easier or harder prompts"
+            )
 
 
 def chosen_reward(config: RewardConfig, *, needed: bool) -> Reward | None:

@@ -22,7 +22,7 @@ from kullback.jobs._align_data import Examples, collator, read_split
 from kullback.jobs._align_methods import chosen_method
 from kullback.jobs._align_rehearsal import rehearsed
 from kullback.jobs._align_report import METRICS, write_report
-from kullback.jobs._align_rewards import chosen_reward
+from kullback.jobs._align_rewards import EqualRewards, chosen_reward
 from kullback.jobs._align_validation import Validation
 from kullback.jobs._checkpoints import RunCheckpoints
 from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer
@@ -150,7 +150,11 @@ class Alignment:
     def _training_source(self, run: Run) -> Any:
         """Where the training completions come from: the policy or a server, all prompts or those of a difficulty."""
         sampling = self.config.sampling
-        source = replace(self.rollouts(self.examples, self.reward_failed(run)), server=self.server)
+        source = replace(
+            self.rollouts(self.examples, self.reward_failed(run)),
+            server=self.server,
+            told=EqualRewards(lambda text: self._note(run, "reward_equal", text)),
+        )
         if not sampling.filter:
             return source
         keep: Any = sampling.filter
@@ -252,11 +256,15 @@ class Alignment:
             return None
 
         def tell(error: RewardError) -> None:
-            if self.state.is_main_process:
-                run.event("reward_error", text=str(error))
-            self.listen({"kind": "note", "text": f"{error}; its completions get 0"})
+            self._note(run, "reward_error", str(error), "; its completions get 0")
 
         return tell
+
+    def _note(self, run: Run, kind: str, text: str, more: str = "") -> None:
+        """Something to know about, recorded and told."""
+        if self.state.is_main_process:
+            run.event(kind, text=text)
+        self.listen({"kind": "note", "text": text + more})
 
 
 def _no_reward(prompts: Any, completions: Any) -> torch.Tensor:
