@@ -127,6 +127,23 @@ def test_gradients_by_hand_are_those_of_autograd():
     assert not torch.allclose(ensemble.weights[0].grad, found[0])
 
 
+def test_training_by_hand_is_that_of_a_plain_module():
+    given = problem()
+    ensemble = EnsembleMLP(2, (5, 7, 2), generator=generator(6), dtype=torch.float64)
+    single = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)).double()
+    with torch.no_grad():
+        for layer, weight, bias in zip((single[0], single[2]), ensemble.weights, ensemble.biases, strict=True):
+            layer.weight.copy_(weight[1].T)
+            layer.bias.copy_(bias[1, 0])
+    train_ensemble(ensemble, given.inputs, given.labels, steps=40)
+    optimizer = torch.optim.AdamW(single.parameters(), lr=1e-2, weight_decay=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(single(given.inputs), given.labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(ensemble(given.inputs)[1], single(given.inputs), atol=1e-6, rtol=0)
+
+
 def test_stacked_modules_are_many_single_ones():
     given = problem()
     singles = [nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double() for _ in range(3)]

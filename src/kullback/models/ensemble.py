@@ -23,7 +23,7 @@ __all__ = ["EnsembleMLP", "StackedEnsemble", "train_ensemble"]
 
 _TOGETHER = 50  # models whose activations stay in a processor's cache
 
-Ensemble = TypeVar("Ensemble", "EnsembleMLP", "StackedEnsemble")
+Ensemble = TypeVar("Ensemble", bound="EnsembleMLP | StackedEnsemble")
 
 
 class EnsembleMLP(nn.Module):
@@ -157,7 +157,8 @@ def _by_hand(
     for place, (weight, bias, entering) in reversed(list(enumerate(layers))):
         bias.grad = wrong.sum(2).unsqueeze(1)
         if entering.ndim == 2:
-            weight.grad = (wrong.flatten(0, 1) @ entering.T).view(len(top), -1, len(entering)).transpose(1, 2)
+            turned = (wrong.flatten(0, 1) @ entering.T).view(len(top), -1, len(entering))
+            weight.grad = turned.transpose(1, 2).contiguous()  # a fused optimiser reads memory in order
         else:
             weight.grad = entering @ wrong.transpose(1, 2)
         if place:
