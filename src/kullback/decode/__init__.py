@@ -2,10 +2,12 @@
 
 from kullback.decode.ancestral import Drawn, draw_tokens
 from kullback.decode.backspace import backspace_layout, block_mask, generate_with_backspace, inject_noise
+from kullback.decode.mixture import GeometricMixture
 from kullback.decode.served import ServedSampler
 
 __all__ = [
     "Drawn",
+    "GeometricMixture",
     "ServedSampler",
     "backspace_layout",
     "block_mask",
