@@ -1,14 +1,18 @@
 r"""Evidence and posterior samples without a table: the prior is sampled, its samples are weighted, moved, and kept.
 
     importance      log mean exp(r / b) over samples of the prior; unbiased for Z, low for log Z in the mean
-    annealed        sequential Monte Carlo over s from 0 to 1 / b: weigh by exp((s' - s) r), resample, move
+    annealed        sequential Monte Carlo over s from 0 to 1 / b: weigh by exp((s' - s) r), resample where weights have
+                    grown unequal, move
     thermodynamic   log Z = integral of E_{p_s} r ds from 0 to 1 / b, along the same path, by Simpson's rule
     rejection       keep x with probability exp((r - r_max) / b): exact
     resampling      importance weights, then multinomial draws (SIR)
     metropolis      a chain of proposals reversible under the prior, accepted with min(1, exp((r' - r) / b))
 
-A move that is reversible under the prior, such as sampling a random suffix anew, leaves p_s in place when it is so
-accepted. Shapes: n samples x [n, ...]; rewards [n]; nats. Source: arXiv 2205.11275 and the samplers' own.
+A move that is reversible under the prior leaves p_s in place when it is so accepted. For sequences `suffix_move` draws
+a random suffix anew, which in a far posterior leaves the first tokens where they are, since all that follow them would
+have to be good again; `token_move` draws single tokens anew and keeps the others, and goes there.
+
+Shapes: n samples x [n, ...]; rewards [n]; nats. Source: arXiv 2205.11275 and the samplers' own.
 """
 
 from __future__ import annotations
@@ -22,9 +26,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, DataError
+from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.sample.fkc import systematic_resample
 
-__all__ = ["Evidence", "PosteriorSamples", "PriorSampler", "log_evidence", "posterior_sample", "suffix_move"]
+__all__ = [
+    "Evidence",
+    "PosteriorSamples",
+    "PriorSampler",
+    "log_evidence",
+    "posterior_sample",
+    "suffix_move",
+    "token_move",
+]
+
+_EVEN = 0.5  # resample when the effective size is below this share of the samples
 
 Draw = Callable[[int, torch.Generator], Tensor]
 Move = Callable[[Tensor, torch.Generator], Tensor]
@@ -84,6 +99,34 @@ def suffix_move(length: int, regenerate: Callable[[Tensor, int, torch.Generator]
     return move
 
 
+def token_move(log_laws: Callable[[Tensor], Tensor], *, tokens: int = 1) -> Move:
+    """The move that draws `tokens` tokens anew, at places of each row's own, and keeps the others; for x [n, T].
+
+    log_laws: from x to log a(. | tokens before) at every place [n, T, V], one forward of a model; a move takes two.
+    Proposals come from the laws before the move, and are accepted as Metropolis and Hastings do, by
+    a(x') q(x | x') / a(x) q(x' | x): reversible under the prior a. Raises ConfigError, ShapeError.
+    """
+    if tokens < 1:
+        raise ConfigError(f"a move draws a token at least, got {tokens}")
+
+    def move(x: Tensor, generator: torch.Generator) -> Tensor:
+        if x.ndim != 2 or x.shape[1] < tokens:
+            raise ShapeError(f"x is [n, T] with {tokens} tokens at least, got {tuple(x.shape)}")
+        before = log_laws(x)
+        places = torch.rand(x.shape, generator=generator, device=x.device).topk(tokens).indices
+        chosen = torch.zeros_like(x, dtype=torch.bool).scatter_(1, places, True)
+        drawn = torch.multinomial(before[chosen].exp(), 1, generator=generator).squeeze(1)
+        proposed = x.masked_scatter(chosen, drawn)
+        after = log_laws(proposed)
+        old, new = (laws.gather(2, y.unsqueeze(2)).squeeze(2) for laws, y in ((before, x), (after, proposed)))
+        back, forth = (laws.gather(2, y.unsqueeze(2)).squeeze(2) for laws, y in ((after, x), (before, proposed)))
+        ratio = (new - old).sum(1) + torch.where(chosen, back - forth, 0.0).sum(1)
+        taken = torch.rand(len(x), generator=generator, device=x.device) < ratio.exp()
+        return torch.where(taken.unsqueeze(1), proposed, x)
+
+    return move
+
+
 def log_evidence(
     problem: PriorSampler,
     count: int,
@@ -96,6 +139,8 @@ def log_evidence(
 ) -> Evidence:
     """log Z from `count` samples; annealed and thermodynamic take as many at each temperature, with `moves` each.
 
+    Their calls of the prior are count (1 + moves temperatures), times what a move takes. The standard error takes moves
+    to forget where they came from: with too few of them, or with moves that go nowhere, it is too small.
     Warns when the effective size is below a hundredth of the samples. Raises ConfigError, DataError.
     """
     _check(count, beta, temperatures, moves)
@@ -185,22 +230,29 @@ def _anneal(
     problem: PriorSampler, count: int, beta: float, generator: torch.Generator, temperatures: int, moves: int
 ) -> _Path:
     """Samples carried from the prior to the posterior in equal steps of 1 / b."""
+    if count < 2:
+        raise ConfigError(f"annealing carries two samples at least, got {count}")
     x = problem.sample(count, generator)
     rewards = problem.rewards(x)
     step, value, variance, smallest, taken = 1.0 / (beta * temperatures), 0.0, 0.0, float(count), 0.0
     means, errors = [rewards.mean().item()], [rewards.std().item() / math.sqrt(count)]
+    scores = torch.zeros(count, dtype=torch.float64)  # log-weights since the last resampling
     for number in range(1, temperatures + 1):
-        scores = step * rewards
-        value += (scores.logsumexp(0) - math.log(count)).item()
-        variance += _error_of_log_mean(scores) ** 2
-        smallest = min(smallest, _effective_size(scores))
-        places = _systematic(scores.softmax(0), generator)
-        x, rewards = x[places], rewards[places]
+        scores = scores + step * rewards
+        size = _effective_size(scores)
+        smallest = min(smallest, size)
+        if size < _EVEN * count or number == temperatures:
+            value += (scores.logsumexp(0) - math.log(count)).item()
+            variance += _error_of_log_mean(scores) ** 2
+            places = systematic_resample(scores.unsqueeze(0), generator=generator)[0]
+            x, rewards, scores = x[places], rewards[places], torch.zeros_like(scores)
         for _ in range(moves):
             x, rewards, share = _metropolis(problem, x, rewards, number * step, generator)
             taken += share / (moves * temperatures)
-        means.append(rewards.mean().item())
-        errors.append(rewards.std().item() / math.sqrt(count))
+        weights = scores.softmax(0)
+        mean = weights @ rewards
+        means.append(mean.item())
+        errors.append((weights.square() @ (rewards - mean).square()).sqrt().item())
     return _Path(x, Evidence(value, math.sqrt(variance), smallest), taken, means, errors)
 
 
@@ -223,14 +275,6 @@ def _metropolis(
     taken = torch.rand(len(x), generator=generator, dtype=torch.float64) < chance
     shape = (-1, *[1] * (x.ndim - 1))
     return torch.where(taken.view(shape), proposed, x), torch.where(taken, found, rewards), taken.double().mean().item()
-
-
-def _systematic(shares: Tensor, generator: torch.Generator) -> Tensor:
-    """One place for each sample, in proportion to shares [n], with evenly spaced quantiles."""
-    count = len(shares)
-    shift = torch.rand((), generator=generator, dtype=torch.float64)
-    quantiles = (torch.arange(count, dtype=torch.float64) + shift) / count
-    return torch.searchsorted(shares.cumsum(0), quantiles).clamp(max=count - 1)
 
 
 def _effective_size(scores: Tensor) -> float:
