@@ -4,7 +4,8 @@ One thread, medians of calls in turn, time of ours over the other's as "ratio". 
 1000 and 5000 points, over numpy.histogram in a loop. "ensemble": 100 networks 64-32-10 on 300 points, 40 steps, over
 one nn.Sequential after the other. "trak": features of 300 points projected on 512 dimensions, over a loop of backward
 passes. KLoM aims at a twentieth and ensembles at a tenth; what is left are passes over memory for the one and matrix
-products of small networks for the other. "datamodels": ridge for 300 points and 10 classes from 400 models, over scikit-learn's.
+products of small networks for the other. "datamodels": ridge for 300 points and
+10 classes from 400 models, over scikit-learn's.
 """
 
 import json

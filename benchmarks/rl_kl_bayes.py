@@ -4,8 +4,8 @@ One thread, medians of calls in turn. "shaped": token rewards of 64 completions 
 masked subtraction. "evidence": sequences of 16 tokens rewarded for the rarest one, with about as many calls of the
 prior for importance sampling and for annealing, by moves of two tokens (two calls each) and by suffixes drawn anew;
 mean squared errors of log Z over 20 runs, and the first over the second. Tenfold from a KL of 8 nats on was the aim; 2
-at 8 nats and 8 at 19 are reached, since a proposal of the prior has the wanted token once in ten, and a place takes some
-160 moves to change, of which 240 in all can be paid. A caller that keeps the laws of the last move pays one call a move.
+at 8 nats and 8 at 19 are reached, since a proposal of the prior has the wanted token once in ten, and a place takes
+some 160 moves to change, of which 240 in all can be paid. Whoever keeps the laws of the last move pays one call a move.
 """
 
 import json
