@@ -62,14 +62,16 @@ def paper_command(slug: str) -> str:
 
 
 def tally(paper: Paper, result: Mapping[str, Any] | None) -> tuple[int, int]:
-    """How many of the card's claims the result says are met, and how many there are."""
+    """How many of the card's claims the result says are met, and how many have a threshold to meet."""
     verdicts = {claim["key"]: claim["verdict"] for claim in (result or {}).get("claims", ())}
-    return sum(verdicts.get(claim.key) == "met" for claim in paper.claims), len(paper.claims)
+    judged = [claim.key for claim in paper.claims if claim.threshold is not None]
+    return sum(verdicts.get(key) == "met" for key in judged), len(judged)
 
 
 def standing(paper: Paper, result: Mapping[str, Any] | None) -> str:
-    """A paper's state in short: "planned", "not run", or the claims met as "4/5"."""
+    """A paper's state in short: "planned", "not run", or the claims met as "4/5", and "+1" for one only measured."""
     if result is None:
         return "planned" if paper.status == "planned" else "not run"
-    met, total = tally(paper, result)
-    return f"{met}/{total}"
+    met, judged = tally(paper, result)
+    measured = len(paper.claims) - judged
+    return f"{met}/{judged}" + (f" +{measured}" if measured else "")

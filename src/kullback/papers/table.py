@@ -35,7 +35,7 @@ def table(among: Iterable[Paper] | None = None, results: Path | None = None) -> 
         cells = [str(paper.number), f"[{paper.name}]({paper.url})", paper.room, _phrase(paper), state]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     head = f"Of {len(every)} methods {ready} can be used now, the others are planned"
-    head += "; `kullback show NAME` says what each claims."
+    head += "; `kullback show NAME` says what each claims. \"+1\" is a claim that is measured and has no threshold."
     return "\n".join([head, "", *lines])
 
 
