@@ -1,0 +1,173 @@
+"""Moves of samples of a prior, and samples that carry what their next move needs, so that a proposal costs one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kullback.core.errors import ConfigError, DataError, ShapeError
+
+__all__ = ["PriorSampler", "Proposal", "TokenMove", "Walkers", "suffix_move", "token_move"]
+
+Draw = Callable[[int, torch.Generator], Tensor]
+Move = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PriorSampler:
+    """What is known of a problem: sample(n, generator) -> x of the prior, reward(x) -> [n], and where there is one
+    move(x, generator) -> x', reversible under the prior; without one proposals are fresh samples.
+    """
+
+    sample: Draw
+    reward: Callable[[Tensor], Tensor]
+    move: Move | None = None
+
+    def rewards(self, x: Tensor) -> Tensor:
+        """Rewards [n] in float64. Raises DataError where one is NaN or infinite, or there are too few."""
+        found = self.reward(x).detach().double()
+        if found.shape != x.shape[:1] or not found.isfinite().all():
+            raise DataError(f"the reward gives a finite number for each of {len(x)} samples, got {tuple(found.shape)}")
+        return found
+
+    def proposal(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A proposal for each of x."""
+        return self.sample(len(x), generator) if self.move is None else self.move(x, generator)
+
+
+def suffix_move(length: int, regenerate: Callable[[Tensor, int, torch.Generator], Tensor]) -> Move:
+    """The move that keeps a random number of first tokens and samples the rest anew from the prior; for x [n, length].
+
+    regenerate(x, kept, generator) gives x with the tokens from `kept` on drawn given those before.
+    """
+    if length < 1:
+        raise ConfigError(f"sequences have a token at least, got {length}")
+
+    def move(x: Tensor, generator: torch.Generator) -> Tensor:
+        kept = int(torch.randint(length, (), generator=generator))
+        return regenerate(x, kept, generator)
+
+    return move
+
+
+class Proposal(NamedTuple):
+    """x' [n, T], its laws [n, T, V], and log a(x') q(x | x') - log a(x) q(x' | x) [n], for Metropolis and Hastings."""
+
+    x: Tensor
+    laws: Tensor
+    log_ratio: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMove:
+    """See `token_move`. A call is a move reversible under the prior, for two calls of the model; `propose` takes the
+    laws that an earlier call has given, and makes one.
+    """
+
+    log_laws: Callable[[Tensor], Tensor]
+    tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"a move draws a token at least, got {self.tokens}")
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """x', moved or not."""
+        found = self.propose(x, self.laws(x), generator)
+        taken = torch.rand(len(x), generator=generator, device=x.device) < found.log_ratio.exp()
+        return torch.where(taken.unsqueeze(1), found.x, x)
+
+    def laws(self, x: Tensor) -> Tensor:
+        """log a(. | tokens before) [n, T, V] of x [n, T], one call of the model. Raises ShapeError."""
+        if x.ndim != 2 or x.shape[1] < self.tokens:
+            raise ShapeError(f"x is [n, T] with {self.tokens} tokens at least, got {tuple(x.shape)}")
+        found = self.log_laws(x).detach()
+        if found.shape[:2] != x.shape or found.ndim != 3:
+            raise ShapeError(f"laws are [n, T, V] for x {tuple(x.shape)}, got {tuple(found.shape)}")
+        return found
+
+    def propose(self, x: Tensor, laws: Tensor, generator: torch.Generator) -> Proposal:
+        """Other tokens at places of each row's own, drawn from `laws` of x, which are the model's at x."""
+        places = torch.rand(x.shape, generator=generator, device=x.device).topk(self.tokens).indices
+        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
+        held, before = x[rows, places], laws[rows, places]
+        open_ = before.scatter(2, held.unsqueeze(2), -torch.inf)  # the token that stands there is not drawn again
+        alone = open_.amax(2) == -torch.inf  # unless it is the only one
+        chances = torch.where(alone.unsqueeze(2), before, open_).softmax(2)
+        drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view_as(held)
+        proposed = x.scatter(1, places, drawn)
+        after = self.laws(proposed)
+        forth = _log_chance(before, held, drawn)
+        back = _log_chance(after[rows, places], drawn, held)
+        gained = _log_probs(after, proposed).sum(1) - _log_probs(laws, x).sum(1)
+        return Proposal(proposed, after, gained + (back - forth).sum(1))
+
+
+def _log_probs(laws: Tensor, x: Tensor) -> Tensor:
+    return laws.gather(2, x.unsqueeze(2)).squeeze(2)
+
+
+def _log_chance(laws: Tensor, held: Tensor, drawn: Tensor) -> Tensor:
+    """The log-probability [n, k] that `drawn` replaces `held` under laws [n, k, V], which never draw the same again."""
+    rest = laws.scatter(2, held.unsqueeze(2), -torch.inf).logsumexp(2)
+    moved = torch.where(rest == -torch.inf, -torch.inf, _log_probs(laws, drawn) - rest)
+    stayed = torch.where(rest == -torch.inf, 0.0, -torch.inf)
+    return torch.where(held == drawn, stayed.to(moved.dtype), moved)
+
+
+def token_move(log_laws: Callable[[Tensor], Tensor], *, tokens: int = 1) -> TokenMove:
+    """The move that draws `tokens` other tokens, at places of each row's own, and keeps the rest; for x [n, T].
+
+    log_laws: from x to log a(. | tokens before) at every place [n, T, V], one forward of a model. Proposals come from
+    the laws before the move, but for the token that stands there, and are accepted as Metropolis and Hastings do, by
+    a(x') q(x | x') / a(x) q(x' | x). The samplers here keep each sample's laws [n, T, V] from its last move, in memory,
+    and so make one call a proposal. Raises ConfigError, ShapeError.
+    """
+    return TokenMove(log_laws, tokens)
+
+
+class Walkers:
+    """Samples x [n, ...] with their rewards [n], and the laws of the last move where the move can use them again.
+
+    calls: how many samples the prior has drawn or scored until now.
+    """
+
+    def __init__(self, problem: PriorSampler, count: int, generator: torch.Generator) -> None:
+        self.problem = problem
+        self.x = problem.sample(count, generator)
+        self.rewards = problem.rewards(self.x)
+        self.laws: Tensor | None = None
+        self.calls = count
+
+    def keep(self, places: Tensor) -> None:
+        """Go on with the samples at places [n]."""
+        self.x, self.rewards = self.x[places], self.rewards[places]
+        self.laws = None if self.laws is None else self.laws[places]
+
+    def step(self, inverse: float, generator: torch.Generator) -> float:
+        """A move that leaves a exp(inverse r) in place; the share of proposals that were taken."""
+        move, laws = self.problem.move, None
+        if isinstance(move, TokenMove):
+            if self.laws is None:
+                self.laws = move.laws(self.x)
+                self.calls += len(self.x)
+            proposed, laws, log_ratio = move.propose(self.x, self.laws, generator)
+            self.calls += len(self.x)
+        else:
+            proposed, log_ratio = self.problem.proposal(self.x, generator), torch.zeros_like(self.rewards)
+            self.calls += len(self.x)
+        found = self.problem.rewards(proposed)
+        chance = (log_ratio.double() + inverse * (found - self.rewards)).clamp(max=0.0).exp()
+        taken = torch.rand(len(chance), generator=generator, dtype=torch.float64, device=chance.device) < chance
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(taken.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+        if laws is not None and self.laws is not None:
+            self.laws = choose(laws, self.laws)
+        self.x, self.rewards = choose(proposed, self.x), choose(found, self.rewards)
+        return taken.double().mean().item()
