@@ -49,6 +49,52 @@ def test_matching_an_oracle_arrives_at_it_and_leaves_the_model_alone():
     torch.testing.assert_close(by_kl(given.inputs).softmax(-1), targets.softmax(-1), atol=1e-3, rtol=0)
 
 
+def test_plain_descent_arrives_at_the_oracle_by_matching_and_not_by_the_loss_of_the_rest():
+    """The card's check: 200 points, 20 of them shifted and to be forgotten, 4000 steps of one point each.
+
+    The card's rate of 0.01 is for half the square.
+    """
+    draw = generator(0, "regression")
+    inputs, noise = (torch.randn(200, k, generator=draw, dtype=torch.float64) for k in (20, 1))
+    observed = inputs @ torch.randn(20, 1, generator=draw, dtype=torch.float64) + noise
+    observed[:20] += 6.0
+    given = ForgetProblem(inputs, torch.zeros(200, dtype=torch.long), torch.arange(20))
+    whole, oracle = (torch.linalg.lstsq(inputs[p:], observed[p:]).solution for p in (0, 20))
+    model = nn.Linear(20, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(whole.T)
+
+    def distance(targets, **options):
+        found = datamodel_matching(
+            model, given, targets, generator=generator(0, "order"), learning_rate=5e-3, batch_size=1,
+            retain_multiplier=9, optimizer="sgd", **options,
+        )  # fmt: skip
+        return (found.weight.T - oracle).norm().item()
+
+    assert 0.43 < (whole - oracle).norm() < 0.55
+    assert distance(inputs @ oracle, forget_multiplier=1, epochs=20) < 1e-8
+    assert 0.25 < distance(observed, forget_multiplier=0, epochs=22) < 0.41, "the loss of the others has a noise floor"
+
+
+def test_every_way_takes_an_optimizer():
+    given, model = problem(), linear()
+    targets = torch.zeros(60, 2, dtype=torch.float64)
+    ways = {**OTHERS, "matching": lambda m, p, **options: datamodel_matching(m, p, targets, **options)}
+    for name, way in ways.items():
+        found = []
+        for optimizer in ("adam", "adamw", "sgd"):
+            options = {"epochs": 3, "learning_rate": 1e-2, "optimizer": optimizer}
+            found.append(way(model, given, generator=generator(1, name), **options).weight)
+        assert all(not torch.equal(found[a], found[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    step = datamodel_matching(
+        model, given, targets, generator=generator(2), epochs=1, learning_rate=0.1, optimizer="sgd", forget_multiplier=1
+    )
+    (model(given.inputs) - targets).square().mean().backward()
+    torch.testing.assert_close(step.weight, model.weight - 0.1 * model.weight.grad, atol=1e-12, rtol=0)
+    with pytest.raises(ConfigError, match="optimizer"):
+        gradient_descent(linear(), given, generator=generator(0), optimizer="lion")
+
+
 def test_nothing_to_do_changes_nothing():
     given, model = problem(), linear()
     targets = model(given.inputs).detach()

@@ -7,7 +7,9 @@ r"""Unlearning: a model fine-tuned to the outputs of one that never saw the forg
     SCRUB        KL to the original model: away from it on F at temperature 4 in the first epochs, near it on R
 
 All take a module from inputs [n, D] to logits [..., n, C], leading dimensions for an ensemble whose members are
-unlearned side by side, work on a copy of it, and return the copy. Source: arXiv 2410.23232; SCRUB 2302.09880.
+unlearned side by side, work on a copy of it, and return the copy; optimizer is "adam", "adamw" or "sgd", without
+momentum, each with PyTorch's other settings. At the oracle the matching loss of every point is 0, so that plain descent
+with a constant step arrives there without noise. Source: arXiv 2410.23232; SCRUB 2302.09880.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kullback.divergences import from_logits, kl
 
 __all__ = [
     "ForgetProblem",
+    "Optimizer",
     "datamodel_direct",
     "datamodel_matching",
     "gradient_ascent",
@@ -33,6 +36,9 @@ __all__ = [
     "gradient_descent_ascent",
     "scrub",
 ]
+
+Optimizer = Literal["adam", "adamw", "sgd"]
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ def datamodel_matching(
     batch_size: int = 512,
     forget_multiplier: int = 5,
     retain_multiplier: int = 20,
+    optimizer: Optimizer = "adam",
     loss: Literal["mse", "kl"] = "mse",
 ) -> nn.Module:
     """Fine-tune a copy to targets [..., n, C] of all training points; with those of a retrained model, oracle matching.
@@ -95,7 +102,7 @@ def datamodel_matching(
         return (given - wanted).square().mean((-2, -1)).sum()
 
     order = _rehearsed(problem, forget_multiplier, retain_multiplier, generator)
-    return _train(found, match, order, epochs, learning_rate, batch_size)
+    return _train(found, match, order, epochs, learning_rate, batch_size, optimizer)
 
 
 def _rehearsed(
@@ -113,16 +120,19 @@ def _rehearsed(
 
 
 def _train(
-    model: nn.Module, loss: Callable[[Tensor], Tensor], epoch: Callable[[], Tensor], epochs: int, rate: float, size: int
-) -> nn.Module:
+    model: nn.Module, loss: Callable[[Tensor], Tensor], epoch: Callable[[], Tensor], epochs: int, rate: float,
+    size: int, optimizer: Optimizer,
+) -> nn.Module:  # fmt: skip
     if epochs < 0 or size < 1 or not rate >= 0.0:
         raise ConfigError(f"epochs and learning_rate are 0 or more, batch_size 1 or more, got {epochs}, {rate}, {size}")
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    if optimizer not in _OPTIMIZERS:
+        raise ConfigError(f"optimizer is one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+    stepper = _OPTIMIZERS[optimizer](model.parameters(), lr=rate)
     for _ in range(epochs):
         for points in _batches(epoch(), size):
-            optimizer.zero_grad()
+            stepper.zero_grad()
             loss(points).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            stepper.step()
     return model
 
 
@@ -154,28 +164,28 @@ def _shuffled(points: Tensor, generator: torch.Generator) -> Callable[[], Tensor
 
 def gradient_descent(
     model: nn.Module, problem: ForgetProblem, *, generator: torch.Generator, epochs: int = 3,
-    learning_rate: float = 1e-4, batch_size: int = 512,
+    learning_rate: float = 1e-4, batch_size: int = 512, optimizer: Optimizer = "adam",
 ) -> nn.Module:  # fmt: skip
     """Fine-tune a copy on the retained data alone."""
     found = deepcopy(model)
     order = _shuffled(problem.retain, generator)
-    return _train(found, _cross_entropy(found, problem), order, epochs, learning_rate, batch_size)
+    return _train(found, _cross_entropy(found, problem), order, epochs, learning_rate, batch_size, optimizer)
 
 
 def gradient_ascent(
     model: nn.Module, problem: ForgetProblem, *, generator: torch.Generator, epochs: int = 3,
-    learning_rate: float = 1e-6, batch_size: int = 512,
+    learning_rate: float = 1e-6, batch_size: int = 512, optimizer: Optimizer = "adam",
 ) -> nn.Module:  # fmt: skip
     """Raise the loss of the forget set in a copy; it has no place to stop."""
     found = deepcopy(model)
     rise = _cross_entropy(found, problem)
     order = _shuffled(problem.forget, generator)
-    return _train(found, lambda points: -rise(points), order, epochs, learning_rate, batch_size)
+    return _train(found, lambda points: -rise(points), order, epochs, learning_rate, batch_size, optimizer)
 
 
 def gradient_descent_ascent(
     model: nn.Module, problem: ForgetProblem, *, generator: torch.Generator, epochs: int = 3,
-    learning_rate: float = 1e-4, batch_size: int = 512, ascent: float = 0.1,
+    learning_rate: float = 1e-4, batch_size: int = 512, optimizer: Optimizer = "adam", ascent: float = 0.1,
 ) -> nn.Module:  # fmt: skip
     """Descent on the retained data, with `ascent` times the loss of the forget set taken off in every step."""
     found = deepcopy(model)
@@ -184,7 +194,7 @@ def gradient_descent_ascent(
     def loss(points: Tensor) -> Tensor:
         return cross_entropy(points) - ascent * cross_entropy(problem.forget)
 
-    return _train(found, loss, _shuffled(problem.retain, generator), epochs, learning_rate, batch_size)
+    return _train(found, loss, _shuffled(problem.retain, generator), epochs, learning_rate, batch_size, optimizer)
 
 
 def scrub(
@@ -196,6 +206,7 @@ def scrub(
     forget_epochs: int = 3,
     learning_rate: float = 5e-4,
     batch_size: int = 512,
+    optimizer: Optimizer = "adam",
     temperature: float = 4.0,
     label_share: float = 0.99,
     near_share: float = 0.1,
@@ -213,7 +224,7 @@ def scrub(
         gap = from_logits(kl, teacher(inputs), found(inputs), temperature)
         return temperature**2 * gap.mean(-1).sum()
 
-    options: tuple[Any, ...] = (learning_rate, batch_size)
+    options: tuple[Any, ...] = (learning_rate, batch_size, optimizer)
     for epoch in range(epochs):
         if epoch < forget_epochs:
             _train(found, lambda points: -apart(points), _shuffled(problem.forget, generator), 1, *options)
