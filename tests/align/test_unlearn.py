@@ -52,7 +52,8 @@ def test_matching_an_oracle_arrives_at_it_and_leaves_the_model_alone():
 def test_plain_descent_arrives_at_the_oracle_by_matching_and_not_by_the_loss_of_the_rest():
     """The card's check: 200 points, 20 of them shifted and to be forgotten, 4000 steps of one point each.
 
-    The card's rate of 0.01 is for half the square.
+    The card's rate of 0.01 is for half the square, and its floor of 0.25 to 0.41 for points drawn with replacement;
+    epochs in random order have a lower one.
     """
     draw = generator(0, "regression")
     inputs, noise = (torch.randn(200, k, generator=draw, dtype=torch.float64) for k in (20, 1))
@@ -73,7 +74,12 @@ def test_plain_descent_arrives_at_the_oracle_by_matching_and_not_by_the_loss_of_
 
     assert 0.43 < (whole - oracle).norm() < 0.55
     assert distance(inputs @ oracle, forget_multiplier=1, epochs=20) < 1e-8
-    assert 0.25 < distance(observed, forget_multiplier=0, epochs=22) < 0.41, "the loss of the others has a noise floor"
+    assert 0.1 < distance(observed, forget_multiplier=0, epochs=22) < 0.41, "the loss of the others has a noise floor"
+    found = whole.clone()
+    for place in torch.randint(20, 200, (4000,), generator=generator(0, "replaced")).tolist():
+        row = inputs[place : place + 1]
+        found -= 1e-2 * row.T * (row @ found - observed[place])
+    assert 0.25 < (found - oracle).norm() < 0.41
 
 
 def test_every_way_takes_an_optimizer():
