@@ -68,6 +68,7 @@ def test_a_short_seed_and_its_figure(short, tmp_path, monkeypatch):
     assert ElementTree.parse(tmp_path / "dph_rl.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.reproduce
 def test_one_seed_against_the_card(tmp_path):
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=1))

@@ -28,6 +28,7 @@ def test_the_expert_is_the_tilted_base_and_sft_goes_towards_it(monkeypatch):
     assert (first > second).float().mean() > 0.6
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.reproduce
 def test_one_seed_and_its_figure(tmp_path):
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
