@@ -21,12 +21,14 @@ _EVEN = 0.5  # resample when the effective size is below this share of the sampl
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The steps of 1 / b from 0 on: `temperatures` equal ones, or with `adaptive` such that each step's conditional
-    effective size is that share of the samples; after each so many `moves`. Raises ConfigError.
+    effective size is that share of the samples; after each so many `moves`, of which every state stays a sample with
+    `recycle`. Raises ConfigError.
     """
 
     temperatures: int
     moves: int
     adaptive: float | None = None
+    recycle: bool = False
 
     def __post_init__(self) -> None:
         if self.temperatures < 1 or self.moves < 0:
@@ -82,6 +84,8 @@ def anneal(problem: PriorSampler, count: int, beta: float, generator: torch.Gene
     """One swarm of `count` samples from 1 / b = 0 on; resampled at the end, and before where weights are unequal."""
     if count < 2:
         raise ConfigError(f"annealing carries two samples in a swarm at least, got {count}")
+    if schedule.recycle:
+        return _recycled(problem, count, beta, generator, schedule)
     swarm = Walkers(problem, count, generator)
     scores = torch.zeros_like(swarm.rewards)  # log-weights since the last resampling
     inverses, last, number = [0.0], 1.0 / beta, 0
@@ -104,6 +108,46 @@ def anneal(problem: PriorSampler, count: int, beta: float, generator: torch.Gene
         moments.append(_moments(scores, swarm.rewards))
     means, errors, variances = (list(part) for part in zip(*moments, strict=True))
     share = taken / max(schedule.moves * number, 1)
+    return Path(
+        swarm.x, value, math.sqrt(variance), smallest, share, swarm.calls, inverses, means, errors, variances
+    )  # fmt: skip
+
+
+def _recycled(
+    problem: PriorSampler, count: int, beta: float, generator: torch.Generator, schedule: Schedule
+) -> Path:
+    """As `anneal`, but a few of the samples go on at each step, and all that they pass through are the next samples."""
+    rows = count // (schedule.moves + 1)
+    if not schedule.moves or rows < 1 or rows * (schedule.moves + 1) != count:
+        raise ConfigError(f"recycling takes samples in multiples of 1 + moves, got {count} and {schedule.moves} moves")
+    swarm = Walkers(problem, count, generator)
+    even = torch.zeros_like(swarm.rewards)
+    inverses, last, number, value, variance, smallest, taken = [0.0], 1.0 / beta, 0, 0.0, 0.0, float(count), 0.0
+    moments = [_moments(even, swarm.rewards)]
+    while inverses[-1] < last:
+        number += 1
+        inverses.append(schedule.next(number, inverses[-1], beta, even, swarm.rewards))
+        scores = (inverses[-1] - inverses[-2]) * swarm.rewards
+        value += (scores.logsumexp(0) - math.log(count)).item()
+        variance += error_of_log_mean(scores) ** 2
+        smallest = min(smallest, effective_size(scores))
+        moments.append(_moments(scores, swarm.rewards))
+        places = systematic_resample(scores.unsqueeze(0), generator=generator)[0]
+        if inverses[-1] >= last:
+            swarm.laws = None
+            swarm.keep(places)
+            break
+        # Of a systematic sample in order each (moves + 1)-th, from a random one on, is a systematic one of fewer.
+        first = int(torch.randint(schedule.moves + 1, (), generator=generator, device=generator.device))
+        swarm.laws = None  # those of the last move, not of what was passed through
+        swarm.keep(places[first :: schedule.moves + 1])
+        passed = [(swarm.x, swarm.rewards)]
+        for _ in range(schedule.moves):
+            taken += swarm.step(inverses[-1], generator)
+            passed.append((swarm.x, swarm.rewards))
+        swarm.x, swarm.rewards = (torch.cat(part) for part in zip(*passed, strict=True))
+    means, errors, variances = (list(part) for part in zip(*moments, strict=True))
+    share = taken / max(schedule.moves * (number - 1), 1)
     return Path(
         swarm.x, value, math.sqrt(variance), smallest, share, swarm.calls, inverses, means, errors, variances
     )  # fmt: skip

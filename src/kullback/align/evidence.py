@@ -19,7 +19,7 @@ An estimate from one swarm knows nothing of samples that all missed the same pla
 run, Z is averaged over them, and the standard error comes from how far they are apart.
 
 Shapes: n samples x [n, ...]; rewards [n]; nats. Source: arXiv 2205.11275 and the samplers' own; adaptive steps: Zhou,
-Johansen and Aston (2016).
+Johansen and Aston (2016); samples from all states of the moves: Dau and Chopin (2022).
 """
 
 from __future__ import annotations
@@ -77,19 +77,22 @@ def log_evidence(
     temperatures: int = 16,
     moves: int = 2,
     adaptive: float | None = None,
+    recycle: bool = False,
     swarms: int = 4,
 ) -> Evidence:
     """log Z from `count` samples; annealed and thermodynamic carry as many, in so many independent swarms.
 
     temperatures: equal steps of 1 / b, each followed by `moves`; adaptive: instead of them, steps of which each has
     that conditional effective size, as a share of a swarm (0.9 is careful, 0.5 quick), as many as it takes. Adaptive
-    steps depend on the samples, and Z is then not quite unbiased.
+    steps depend on the samples, and Z is then not quite unbiased. recycle: every state that the moves pass through is
+    one of the samples (waste-free), so that count / (1 + moves) of them go on at each temperature; best with many moves
+    and few temperatures.
     The standard error is that between swarms, or that inside of them where it is larger. Of one swarm it is the one
     inside, which takes moves to forget where they came from: with too few of them, or moves that go nowhere, it is too
     small. Warns when the effective size is below a hundredth of the samples. Raises ConfigError, DataError.
     """
     _check(count, beta)
-    schedule = Schedule(temperatures, moves, adaptive)
+    schedule = Schedule(temperatures, moves, adaptive, recycle)
     if method == "importance":
         scores = problem.rewards(problem.sample(count, generator)) / beta
         value = (scores.logsumexp(0) - math.log(count)).item()
@@ -124,17 +127,18 @@ def posterior_sample(
     temperatures: int = 16,
     moves: int = 2,
     adaptive: float | None = None,
+    recycle: bool = False,
 ) -> PosteriorSamples:
     """Samples of p*: of `count` drawn those kept ("rejection", exact), or as many as drawn.
 
     largest_reward: a bound of the reward, for rejection; steps: of the `count` chains of "metropolis"; temperatures,
-    moves and adaptive: of "annealed", see `log_evidence`. Raises ConfigError for rejection without a bound, DataError
-    for a reward above it.
+    moves, adaptive and recycle: of "annealed", see `log_evidence`. Raises ConfigError for rejection without a bound,
+    DataError for a reward above it.
     """
     _check(count, beta)
     zeros = torch.zeros(count, dtype=torch.float64)
     if method == "annealed":
-        path = anneal(problem, count, beta, generator, Schedule(temperatures, moves, adaptive))
+        path = anneal(problem, count, beta, generator, Schedule(temperatures, moves, adaptive, recycle))
         return PosteriorSamples(path.x, zeros, path.acceptance, path.effective_size)
     if method == "metropolis":
         chains = Walkers(problem, count, generator)
