@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 import time
 
@@ -38,6 +39,10 @@ def test_a_function_is_called_with_the_columns_it_names():
     assert score(lambda prompts, completions: [True, False], ["a", "b"], ["x", "y"]).tolist() == [1.0, 0.0]
 
 
+def two_lines():
+    raise OSError("down\nfor a while\n")
+
+
 def hangs(prompts, completions):
     while True:
         try:
@@ -51,6 +56,8 @@ def hangs(prompts, completions):
     [
         (hangs, "hangs took over 0.1 s for 2 completions"),
         (lambda prompts, completions: 1 / 0, "raised ZeroDivisionError"),
+        (lambda prompts, completions: sys.exit(3), "raised SystemExit: 3"),
+        (lambda prompts, completions: two_lines(), "raised OSError: down for a while"),
         (lambda prompts, completions: [1.0], r"returned \(1,\) values for 2"),
         (lambda prompts, completions: torch.ones(2, 1), r"returned \(2, 1\) values for 2"),
         (lambda prompts, completions: [1.0, math.nan], "nan for completion 1 and 1 of 2"),

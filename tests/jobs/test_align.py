@@ -225,6 +225,32 @@ def test_a_reward_that_fails_ends_the_job_or_gives_nothing(reward, words, adder,
     assert events(run.path)[-1]["reward"] == 0.0
 
 
+def test_a_reward_that_fails_late_loses_nothing(adder, tmp_path):
+    (tmp_path / "rewards.py").write_text(BREAKS.format(mended=str(tmp_path / "mended")))
+    reward = job.RewardConfig(name=f"{tmp_path / 'rewards.py'}:breaks")
+    config = with_training(align_config(adder, reward=reward), steps=6, save_every=2, evaluate_every=6)
+    with pytest.raises(RewardError, match="raised OSError: no answer; .* kept up to step 4, --resume goes on"):
+        job.run(config, tmp_path / "run")
+    (tmp_path / "mended").touch()
+    whole = job.run(config, tmp_path / "whole")
+    mended = job.resume(tmp_path / "run")
+    assert all(torch.equal(tensor, weights(whole.path)[name]) for name, tensor in weights(mended.path).items())
+
+
+BREAKS = """
+from pathlib import Path
+
+calls = []
+
+
+def breaks(prompts, completions):
+    calls.append(len(prompts))
+    if len(calls) == 6 and not Path({mended!r}).exists():
+        raise OSError("no answer")
+    return [float(len(text)) for text in completions]
+"""
+
+
 @pytest.mark.parametrize("kept", ["balanced", "nonzero"])
 def test_groups_of_one_difficulty(kept, adder, tmp_path):
     sampling = job.SamplingConfig(group=4, validation=4, filter=kept, most_draws=20)
@@ -366,5 +392,5 @@ def test_references_of_another_shape_or_tokenizer(adder, tmp_path):
     with pytest.raises(ShapeError, match="average"):
         job.run(align_config(adder, reference=both), tmp_path / "run")
     train_byte_bpe(["abab"] * 9, 258).save_pretrained(tmp_path / "other")
-    with pytest.raises(ShapeError, match="tokenizer"):
+    with pytest.raises(ShapeError, match="give a model with the reference's tokenizer"):
         job.run(align_config(adder, reference=both[1:]), tmp_path / "run")

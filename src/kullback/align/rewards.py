@@ -117,8 +117,9 @@ def score(
         ) from None
     except KullbackError:
         raise
-    except Exception as error:  # whatever the user's function does
-        raise RewardError(f"the reward {called} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's function does; none of it ends the job unsaid
+        said = " ".join(str(error).split())
+        raise RewardError(f"the reward {called} raised {type(error).__name__}: {said}") from error
     return _as_rewards(found, len(completions), called)
 
 

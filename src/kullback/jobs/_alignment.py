@@ -98,7 +98,14 @@ class Alignment:
 
     def train(self, part: Part) -> None:
         """Train one part to its end, from its latest checkpoint; a part that is finished is left as it is."""
-        train_part(self, part, kind="align-part", metrics=METRICS)
+        try:
+            train_part(self, part, kind="align-part", metrics=METRICS)
+        except RewardError as error:
+            kept = Run.open(self.out / "parts" / part.name).latest_checkpoint()
+            if kept is None:
+                raise
+            step = int(kept.name.rpartition("-")[2])
+            raise RewardError(f"{error}; {part.text} is kept up to step {step}, --resume goes on from there") from error
 
     def finish(self) -> Run:
         """Gather the parts into the run's report, samples, curves and model directory (that of the first seed)."""
@@ -243,7 +250,8 @@ class Alignment:
         if not folders:
             return None if self.config.lora.rank else load_model(self.folder, role="reference")
         for folder in folders:
-            check_same_tokenizer(load_tokenizer(folder, role="reference"), self.tokenizer)
+            tokenizer = load_tokenizer(folder, role="reference")
+            check_same_tokenizer(tokenizer, self.tokenizer, roles=("reference", "model"))
         models = [load_model(folder, role="reference") for folder in folders]
         if len(models) > 1:
             mixed = soup_state_dict([m.state_dict() for m in models], self.config.reference_weights or None)

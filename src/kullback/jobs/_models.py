@@ -83,16 +83,17 @@ def check_weights(model: Any, *, role: str) -> None:
             raise DataError(f"{role} has weights that are not finite in {name}: the checkpoint is damaged")
 
 
-def check_same_tokenizer(teacher: Any, student: Any) -> None:
-    """Raise ShapeError unless both tokenizers give the same tokens the same numbers."""
+def check_same_tokenizer(teacher: Any, student: Any, *, roles: tuple[str, str] = ("teacher", "student")) -> None:
+    """Raise ShapeError unless both tokenizers give the same tokens the same numbers; roles: what to call their models.
+    """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
     differ = sum(theirs.get(token) != index for token, index in ours.items())
     raise ShapeError(
-        f"teacher has {len(theirs)} tokens, student {len(ours)}, and {differ} of the student's tokens mean another "
-        "number to the teacher: distillation compares them token by token, so give a student with the teacher's "
-        "tokenizer"
+        f"{roles[0]} has {len(theirs)} tokens, {roles[1]} {len(ours)}, and {differ} of the {roles[1]}'s tokens mean "
+        f"another number to the {roles[0]}: they are compared token by token, so give a {roles[1]} with the "
+        f"{roles[0]}'s tokenizer"
     )
 
 
