@@ -11,7 +11,7 @@ from kullback.align.difficulty import (
 )
 from kullback.align.difficulty_sampler import FilteredBatch, FilteredSource, OnlineDifficultySampler, StarvationWarning
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
-from kullback.align.evidence import PriorSampler, log_evidence, posterior_sample
+from kullback.align.evidence import PriorSampler, log_evidence, posterior_sample, suffix_move, token_move
 from kullback.align.f_dpg import (
     FDpg,
     PartitionEstimator,
@@ -136,6 +136,7 @@ from kullback.align.tradeoff import (
     solve_tilt_for_kl,
     tilt,
 )
+from kullback.align.twisted import twisted_smc
 from kullback.align.unlearn import ForgetProblem, datamodel_matching, gradient_ascent, gradient_descent, scrub
 
 __all__ = [
@@ -286,10 +287,13 @@ __all__ = [
     "soup_gain",
     "soup_state_dict",
     "span_seminorm",
+    "suffix_move",
     "target_divergence",
     "tilt",
     "token_entropy",
+    "token_move",
     "transition_rewards",
+    "twisted_smc",
     "variance_bound",
     "visited_penalty",
     "win_rates",
