@@ -1,6 +1,13 @@
 """Statistics that tell how well a model or a training run fares."""
 
-from kullback.diagnose.attribution import TRAKFeatures, fit_datamodels, predict_without, ridge_without
+from kullback.diagnose.attribution import (
+    TRAKFeatures,
+    calibrated_scale,
+    ensemble_scores,
+    fit_datamodels,
+    predict_without,
+    ridge_without,
+)
 from kullback.diagnose.bayes_mixtures import (
     BayesMixture,
     BetaBernoulliMixture,
@@ -54,12 +61,14 @@ __all__ = [
     "adaptive_ece",
     "ball_bound",
     "brier",
+    "calibrated_scale",
     "capacity",
     "classwise_ece",
     "collapse_step",
     "condensation",
     "disagreement",
     "ece",
+    "ensemble_scores",
     "estimation_risk",
     "estimation_risk_psi",
     "exp_bound",

@@ -2,7 +2,8 @@ r"""Data attribution: what a model would say had some of its training examples n
 
     datamodel     g_x(S) = b_x + sum_j beta_xj [j in S], fitted to the outputs of models trained on random subsets;
                   without F the outputs are f(x) - sum_{j in F} beta_xj
-    TRAK          beta_xj = phi(x)^T (Phi^T W Phi + l I)^-1 phi_j (1 - p_j), phi the projected gradient of the margin
+    TRAK          beta_xj = phi(x)^T (Phi^T W Phi + l I)^-1 phi_j (1 - p_j), phi the projected gradient of the margin;
+                  phi(x) of each centred logit instead gives what point j adds to all C outputs of x
     influence     the same with the exact gradients of a linear model: a Newton step without the leverage
     ridge         leaving a set out of least squares, exactly, by the identity of Woodbury
 
@@ -19,9 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, MissingExtra, ShapeError
+from kullback.core.errors import ConfigError, DataError, MissingExtra, ShapeError
 
-__all__ = ["TRAKFeatures", "fit_datamodels", "logistic_influence", "predict_without", "ridge_without"]
+__all__ = [
+    "TRAKFeatures",
+    "calibrated_scale",
+    "ensemble_scores",
+    "fit_datamodels",
+    "logistic_influence",
+    "predict_without",
+    "ridge_without",
+]
 
 
 def fit_datamodels(
@@ -73,11 +82,12 @@ def _lasso(x: Tensor, y: Tensor, penalty: float) -> Tensor:
 
 
 def predict_without(
-    beta: Tensor, base_outputs: Tensor, forget: Tensor | Sequence[int], *, scale: float = 1.0
+    beta: Tensor, base_outputs: Tensor, forget: Tensor | Sequence[int], *, scale: float | Tensor = 1.0
 ) -> Tensor:
     """The outputs [..., k, C] that models with base_outputs would have without the training points `forget` (numbers).
 
-    scale: of the predicted shift, to be calibrated on held-out sets where subsets were far from the whole data.
+    scale: of the predicted shift, a number or one a point as [k, 1]; calibrate it on held-out sets (`calibrated_scale`)
+    where the subsets were far from the whole data.
     """
     places = torch.as_tensor(forget, dtype=torch.long)
     if base_outputs.shape[-2:] != beta.shape[1:]:
@@ -86,8 +96,38 @@ def predict_without(
     return base_outputs - scale * beta[places].sum(0).to(base_outputs.dtype)
 
 
+def calibrated_scale(
+    beta: Tensor, masks: Tensor, outputs: Tensor, base_outputs: Tensor, *, where: Tensor | None = None
+) -> float:
+    """The factor on predicted shifts that fits best those seen in models which beta [n, k, C] was not fitted to.
+
+    masks [M, n] of who was in the data of the held-out models, outputs [M, k, C] of them, base_outputs [k, C] or
+    [M, k, C] of models of all data: the least-squares slope of outputs - base_outputs on (masks - 1) beta. where
+    [M, k]: the points of each model that count; `masks == 0` for those left out, when the k are the training points.
+    Raises ShapeError, DataError where nothing is predicted to move.
+
+    >>> beta, masks = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> calibrated_scale(beta, masks, 5.0 - 1.5 * torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[5.0]]))
+    1.5
+    """
+    models, points = len(masks), beta.shape[1]
+    if masks.shape != (models, len(beta)) or outputs.shape != (models, *beta.shape[1:]):
+        shapes = f"{tuple(beta.shape)}, {tuple(masks.shape)} and {tuple(outputs.shape)}"
+        raise ShapeError(f"beta is [n, k, C], masks [M, n] and outputs [M, k, C] of the held-out models, got {shapes}")
+    if where is not None and where.shape != (models, points):
+        raise ShapeError(f"where is [models, points] = {(models, points)}, got {tuple(where.shape)}")
+    predicted = ((masks.double() - 1.0) @ beta.double().flatten(1)).view(outputs.shape)
+    seen = outputs.double() - base_outputs.double()
+    if where is not None:
+        predicted, seen = predicted[where.bool()], seen[where.bool()]
+    size = predicted.square().sum().item()
+    if not size > 0.0:
+        raise DataError("no output is predicted to move: leave points out of the held-out models, or count more points")
+    return (predicted * seen).sum().item() / size
+
+
 class TRAKFeatures:
-    """Projected gradients of a model's margin, and the attributions that they give.
+    """Projected gradients of a model's outputs, and the attributions that they give.
 
     model: a module from [n, ...] to logits [n, C]; dimensions: of the random projection, None for the gradients
     themselves; penalty: l; chunk: points at once. Projections are signs from the generator, divided by sqrt(k).
@@ -118,6 +158,16 @@ class TRAKFeatures:
             parts.append(flat if self.projection is None else flat @ self.projection.to(flat.dtype))
         return torch.cat(parts)
 
+    def logit_features(self, inputs: Tensor) -> Tensor:
+        """phi [n, C, k]: the gradients of each point's logits less their mean over classes."""
+        found = torch.func.vmap(torch.func.jacrev(self._logits), in_dims=(None, 0))
+        parts = []
+        for start in range(0, len(inputs), self.chunk):
+            slopes = found(self.parameters, inputs[start : start + self.chunk])
+            flat = torch.cat([g.flatten(2) for g in slopes.values()], 2)
+            parts.append(flat if self.projection is None else flat @ self.projection.to(flat.dtype))
+        return torch.cat(parts)
+
     def scores(
         self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, weighted: bool = True
     ) -> Tensor:
@@ -125,18 +175,61 @@ class TRAKFeatures:
 
         weighted: rows of Phi^T W Phi by p (1 - p), the curvature of the loss; without it plain TRAK.
         """
-        phi, other = self.features(*train), self.features(*test)
+        pull, reach = self._parts(train, self.features(*test), weighted)
+        return pull.unsqueeze(1) * reach
+
+    def logit_scores(self, train: tuple[Tensor, Tensor], inputs: Tensor, *, weighted: bool = True) -> Tensor:
+        """beta [n, k, C]: what each training point adds to every centred logit of the inputs; for `predict_without`."""
+        other = self.logit_features(inputs)
+        pull, reach = self._parts(train, other.flatten(0, 1), weighted)
+        return (pull.unsqueeze(1) * reach).view(-1, *other.shape[:2])
+
+    def _parts(self, train: tuple[Tensor, Tensor], other: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
+        """(1 - p_j [n], phi_j^T (Phi^T W Phi + l I)^-1 of the others [n, k]), solved in the smaller dimension."""
+        phi = self.features(*train)
         with torch.no_grad():
             right = self.model(train[0]).softmax(-1).gather(1, train[1].unsqueeze(1)).squeeze(1)
-        rows = phi * (right * (1.0 - right)).sqrt().unsqueeze(1) if weighted else phi
-        gram = rows.T @ rows + self.penalty * torch.eye(rows.shape[1], dtype=rows.dtype)
-        return (phi * (1.0 - right).unsqueeze(1)) @ torch.linalg.solve(gram, other.T)
+        bend = (right * (1.0 - right)).double() if weighted else torch.ones(len(phi), dtype=torch.float64)
+        rows, columns = phi.double(), other.double().T
+        eye = self.penalty * torch.eye(min(rows.shape), dtype=rows.dtype)
+        if len(rows) < rows.shape[1]:  # Phi (Phi^T W Phi + l)^-1 = (Phi Phi^T W + l)^-1 Phi
+            reach = torch.linalg.solve((rows @ rows.T) * bend + eye, rows @ columns)
+        else:
+            reach = rows @ torch.linalg.solve((rows.T * bend) @ rows + eye, columns)
+        return 1.0 - right, reach.to(phi.dtype)
+
+    def _logits(self, parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(self.model, parameters, (one.unsqueeze(0),))
+        return logits[0] - logits[0].mean()
 
     def _margin(self, parameters: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
         logits: Any = torch.func.functional_call(self.model, parameters, (one.unsqueeze(0),))
         mine = torch.arange(logits.shape[-1], device=logits.device) == label
         own = torch.where(mine, logits[0], 0.0).sum()
         return own - logits[0].masked_fill(mine, -math.inf).logsumexp(0)
+
+
+def ensemble_scores(
+    members: Sequence[TRAKFeatures], train: tuple[Tensor, Tensor], test: Tensor | tuple[Tensor, Tensor], *,
+    weighted: bool = True,
+) -> Tensor:  # fmt: skip
+    """Scores averaged over models of one kind: beta [n, k, C] of test inputs, or [n, k] of test inputs with labels.
+
+    As in TRAK, the mean of 1 - p_j times the mean of the rest: the two are averaged apart. Raises ConfigError.
+    """
+    if not members:
+        raise ConfigError("scores are averaged over one model at least, got none")
+    pulls, reaches = [], []
+    for member in members:
+        if isinstance(test, Tensor):
+            other = member.logit_features(test)
+        else:
+            other = member.features(*test)
+        pull, reach = member._parts(train, other.flatten(0, -2), weighted)
+        pulls.append(pull)
+        reaches.append(reach.view(-1, *other.shape[:-1]))
+    reached = torch.stack(reaches).mean(0)
+    return torch.stack(pulls).mean(0).view(-1, *[1] * (reached.ndim - 1)) * reached
 
 
 def logistic_influence(inputs: Tensor, labels: Tensor, coefficients: Tensor, test: Tensor, *, penalty: float) -> Tensor:

@@ -56,6 +56,16 @@ class EnsembleMLP(nn.Module):
                 hidden = hidden.relu()
         return hidden
 
+    def member(self, place: int) -> nn.Sequential:
+        """A copy of one model, from inputs [n, D] to logits [n, C]."""
+        layers: list[nn.Module] = []
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            layer = nn.utils.skip_init(nn.Linear, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
+            layer.weight.data.copy_(weight.data[place].T)
+            layer.bias.data.copy_(bias.data[place, 0])
+            layers += [layer, nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
 
 class StackedEnsemble(nn.Module):
     """Modules of one structure, from inputs [n, ...] to logits [n, C], as an ensemble: inputs to logits [count, n, C].
@@ -89,6 +99,13 @@ class StackedEnsemble(nn.Module):
             return found
 
         return torch.func.vmap(one)(dict(zip(self._names, self.stacked, strict=True)))
+
+    def member(self, place: int) -> nn.Module:
+        """A copy of one module, as it stands now."""
+        found = copy.deepcopy(self._code[0]).to_empty(device=self.stacked[0].device)
+        for name, stacked in zip(self._names, self.stacked, strict=True):
+            found.get_parameter(name).data.copy_(stacked.data[place])
+        return found
 
 
 def train_ensemble(
