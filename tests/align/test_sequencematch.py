@@ -24,6 +24,7 @@ from kullback.decode.backspace import (
     visible_text,
 )
 from kullback.models.small import small_llama
+from kullback.papers.sequencematch.bandit import bandit_optimum
 
 BACKSPACE, BEGIN = 7, 0
 NESTED = torch.tensor(
@@ -141,6 +142,62 @@ def test_the_bandit_of_the_card(alpha, policy, objective):
         p, pi = torch.tensor([0.7, 0.2, 0.1]).double(), logits.softmax(0)
         primal = alpha * ((p - pi).square() / p).sum() + (pi * pi.log()).sum()
         assert found.objective.item() == pytest.approx(primal.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "policy", "objective"),
+    [
+        (1.0, (0.58505895, 0.25407101, 0.16087005), -0.8938194306),
+        (10.0, (0.68492645, 0.20772373, 0.10734982), None),
+    ],
+)
+def test_the_bandit_of_the_mixture_at_its_fixed_point(alpha, policy, objective):
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    found = bandit_optimum(p, alpha=alpha, divergence="chi2_mixture")
+    assert found.policy.tolist() == pytest.approx(policy, abs=1e-7)
+    pi = found.policy
+    primal = alpha * ((p - pi).square() / ((p + pi) / 2)).sum().item() - found.entropy
+    assert found.objective == pytest.approx(primal, abs=1e-9)
+    assert objective is None or found.objective == pytest.approx(objective, abs=1e-9)
+    other = bandit_optimum(p, alpha=alpha, divergence="chi2").policy
+    assert (other - pi).abs().max() > 1e-4, "it is not the optimum against the data alone"
+
+
+def test_the_entropy_of_the_bandit_rises_as_alpha_falls():
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    entropies = [bandit_optimum(p, alpha=alpha, divergence="chi2").entropy for alpha in (0.1, 1.0, 10.0, 1000.0)]
+    assert entropies == sorted(entropies, reverse=True)
+    assert math.log(3) > entropies[0] > 1.08
+    assert entropies[-1] == pytest.approx(-(p * p.log()).sum().item(), abs=3e-4)
+
+
+def test_iq_learn_is_the_form_with_the_values_of_the_start(model):
+    """E_data phi(Q - g V') - V(s_0), chi-squared, written out for texts that end."""
+    layout = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN)
+    logits = layout_logits(model, layout).detach()
+    options = {"backspace": BACKSPACE, "gamma": 0.9, "nll_share": 0.0, "divergence": "chi2", "alpha": 2.0}
+    parts = transition_rewards(logits, layout, backspace=BACKSPACE, gamma=0.9)
+    phi = parts.reward - parts.reward.square() / 8.0
+    written = ((parts.weight * phi).sum() - parts.value[:, 0].sum()) / len(NESTED)
+    forms = {
+        name: sequencematch_loss(
+            logits, layout, logits, layout, values_of=name, normalise="trajectory", **options
+        ).objective
+        for name in ("both", "data", "start")
+    }
+    for found in forms.values():
+        torch.testing.assert_close(found, written, atol=1e-10, rtol=0)
+    weights = (torch.rand(NESTED.shape, generator=generator(4, "w")) < 0.6).double()
+    weights[:, -1] = 1.0
+    weights[3, 0] = 1.0
+    masked = backspace_layout(NESTED, backspace=BACKSPACE, begin=BEGIN, weights=weights)
+    start, data = (
+        sequencematch_loss(logits, masked, logits, layout, values_of=name, **options).objective
+        for name in ("start", "data")
+    )
+    assert abs(start - data) > 1e-3, "sums with actions of no weight do not telescope"
+    with pytest.raises(ConfigError, match="values_of"):
+        sequencematch_loss(logits, layout, logits, layout, values_of="model", **options)
 
 
 @pytest.mark.parametrize("divergence", ["chi2_mixture", "chi2", "js", "kl", "mle"])

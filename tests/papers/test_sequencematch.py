@@ -29,12 +29,14 @@ def test_a_model_by_likelihood_never_deletes():
 
 @pytest.mark.reproduce
 def test_one_seed_in_small(tmp_path, monkeypatch):
-    for name, value in {"PRETRAINED": 60, "TUNED": 30, "SAMPLES": 20, "NOISES": (0.0, 0.1)}.items():
+    for name, value in {"PRETRAINED": 60, "TUNED": 30, "SAMPLES": 20, "NOISES": (0.0, 0.1), "ALPHAS": (1.0, 10.0)}.items():
         monkeypatch.setattr(paper, name, value)
     report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
-    by_method = {(row["method"], row["noise"]): row for row in report.rows}
+    by_method = {(row["method"], row["noise"]): row for row in report.rows if row["part"] == "prose"}
+    assert report.metrics["bandit_entropy_fall"] > 0.0
     assert by_method["mle", 0.1]["backspaces"] == 0.0
     assert by_method["cloning", 0.1]["backspaces"] > 0.0
+    assert by_method["unlikelihood", 0.1]["backspaces"] == 0.0
     assert 0.0 <= by_method["sequencematch", 0.1]["valid"] <= 1.0
     paper.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 10_000

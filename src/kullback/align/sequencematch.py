@@ -165,6 +165,7 @@ def sequencematch_loss(
     divergence: Divergence = "chi2_mixture",
     nll_share: float = 0.2,
     normalise: Literal["discounted_tokens", "trajectory"] = "discounted_tokens",
+    values_of: Literal["both", "data", "start"] = "both",
     terminal: Terminal = "zero",
     end: int | None = None,
     end_value: Tensor | None = None,
@@ -172,8 +173,10 @@ def sequencematch_loss(
     """nll_share times the negative log-likelihood of the data, and (1 - nll_share) times -J.
 
     logits [B, T, V] over the streams of the two layouts; normalise: sums over actions are divided by their discounted
-    weights, or by the number of trajectories; terminal, end and end_value: see `transition_rewards`. Raises ShapeError,
-    ConfigError for options out of range.
+    weights, or by the number of trajectories; values_of: where the sum of V - g V' is taken, on both halves, on the
+    data alone, or as V of the first state, to which each sum telescopes but for actions of weight 0 and cut windows:
+    the three forms of IQ-Learn (arXiv 2106.12142), which with divergence="chi2" is "start". terminal, end and
+    end_value: see `transition_rewards`. Raises ShapeError, ConfigError for options out of range.
     """
     if not alpha > 0.0 or not 0.0 <= nll_share <= 1.0:
         raise ConfigError(f"alpha is positive and nll_share lies in [0, 1], got {alpha} and {nll_share}")
@@ -181,6 +184,8 @@ def sequencematch_loss(
         raise ConfigError(f"divergence is chi2_mixture, chi2, js, kl or mle, not {divergence!r}")
     if normalise not in ("discounted_tokens", "trajectory"):
         raise ConfigError(f"normalise is discounted_tokens or trajectory, not {normalise!r}")
+    if values_of not in ("both", "data", "start"):
+        raise ConfigError(f"values_of is both, data or start, not {values_of!r}")
     options: dict[str, Any] = {
         "backspace": backspace, "gamma": gamma, "terminal": terminal, "end": end, "end_value": end_value,
     }  # fmt: skip
@@ -188,13 +193,18 @@ def sequencematch_loss(
     model = transition_rewards(logits_model, layout_model, **options)
 
     def total(values: Tensor, part: _Transitions) -> Tensor:
-        scale = part.weight.sum().clamp(min=1e-12) if normalise == "discounted_tokens" else float(len(part.weight))
-        return (part.weight * values).sum() / scale
+        return (part.weight * values).sum() / _scale(part, normalise)
 
     gained = total(_gain(data.reward, alpha, divergence), data)
     if divergence == "chi2_mixture":
         gained = gained - total(model.reward.square() / (8.0 * alpha), model)
-    spent = 0.5 * (total(data.value - data.following, data) + total(model.value - model.following, model))
+    if values_of == "start":
+        rows = layout_data.weight.amax(1).to(data.value.dtype)  # noise at the start has weight 0, its row has not
+        spent = (rows * data.value[:, 0]).sum() / _scale(data, normalise)
+    else:
+        spent = total(data.value - data.following, data)
+        if values_of == "both":
+            spent = 0.5 * (spent + total(model.value - model.following, model))
     objective = gained - spent
     counted = layout_data.weight.to(data.weight.dtype)
     nll = -(counted * data.log_prob[:, : counted.shape[1]]).sum() / counted.sum().clamp(min=1e-12)
@@ -213,6 +223,10 @@ def policy_entropy(logits: Tensor, layout: Layout) -> Tensor:
     rows = torch.arange(len(held), device=logits.device).unsqueeze(1).expand_as(held)[held]
     log_prob = logits[rows, layout.state_index[held]].float().log_softmax(-1)
     return -(log_prob.exp() * log_prob).sum(-1).mean()
+
+
+def _scale(part: _Transitions, normalise: str) -> Tensor | float:
+    return part.weight.sum().clamp(min=1e-12) if normalise == "discounted_tokens" else float(len(part.weight))
 
 
 def _gain(reward: Tensor, alpha: float, divergence: Divergence) -> Tensor:

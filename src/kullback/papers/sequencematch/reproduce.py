@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from kullback.align._hf_sequencematch import SequenceMatchSettings, layout_logits
 from kullback.align.sequencematch import sequencematch_loss
+from kullback.align.unlikelihood import unlikelihood_loss
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
@@ -20,6 +23,7 @@ from kullback.data.corpora import corpus
 from kullback.decode.backspace import backspace_layout, generate_with_backspace, inject_noise, visible_text
 from kullback.figures import figure
 from kullback.models.small import small_llama
+from kullback.papers.sequencematch.bandit import bandit_optimum
 
 __all__ = ["draw", "reproduce"]
 
@@ -31,11 +35,17 @@ NOISES = (0.0, 0.05, 0.1, 0.2)
 SETTINGS = SequenceMatchSettings(
     noise=0.1, alpha=100.0, gamma=0.95, refresh_every=25, samples=32, kept=96, length=WINDOW
 )
-TITLES = {"mle": "likelihood", "cloning": "cloning with backspace", "sequencematch": "SequenceMatch"}
+TITLES = {
+    "mle": "likelihood", "cloning": "cloning with backspace", "sequencematch": "SequenceMatch",
+    "unlikelihood": "unlikelihood",
+}  # fmt: skip
+WITHOUT = ("mle", "unlikelihood")  # the backspace
+NGRAM = 6  # characters of a repetition that unlikelihood punishes
+SHARES, ALPHAS = (0.7, 0.2, 0.1), (0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
 
 
 def reproduce(run: Run) -> Report:
-    """One model by likelihood, then three ways to go on, each written from under noise."""
+    """One model by likelihood, then four ways to go on, each written from under noise; and a bandit, exactly."""
     text, starts, words = _text()
     base = _model(run.seed)
     _train(base, text, starts, run.seed, "mle", PRETRAINED, RATE)
@@ -43,20 +53,35 @@ def reproduce(run: Run) -> Report:
     at: dict[tuple[str, float], dict[str, float]] = {}
     for name in TITLES:
         model = deepcopy(base)
-        model.without_backspace = name == "mle"
+        model.without_backspace = name in WITHOUT
         _train(model, text, starts, run.seed, name, TUNED, TUNED_RATE)
         for noise in NOISES:
             at[name, noise] = _written(model, words, run.seed, noise)
-            rows.append({"method": name, "noise": noise, **at[name, noise]})
+            rows.append({"part": "prose", "method": name, "noise": noise, **at[name, noise]})
         run.event("method", name=name, **at[name, 0.1])
+    bandit = _bandit()
+    rows += bandit
+    entropies = [row["entropy"] for row in bandit if row["method"] == "chi2_mixture"]
     metrics = {
         "valid_words_gain": at["sequencematch", 0.1]["valid"] - at["mle", 0.1]["valid"],
         "long_words_gain": at["sequencematch", 0.1]["long"] - at["mle", 0.1]["long"],
         "clean_valid_words_gain": at["sequencematch", 0.0]["valid"] - at["mle", 0.0]["valid"],
         "over_cloning": at["sequencematch", 0.1]["valid"] - at["cloning", 0.1]["valid"],
+        "over_unlikelihood": at["sequencematch", 0.1]["valid"] - at["unlikelihood", 0.1]["valid"],
         "backspaces": at["sequencematch", 0.1]["backspaces"],
+        "bandit_entropy_fall": min(one - other for one, other in pairwise(entropies)),
     }
     return Report(metrics=metrics, rows=rows)
+
+
+def _bandit() -> list[dict[str, Any]]:
+    """Entropy and objective of the optimum over alpha, for both forms of chi-squared."""
+    return [
+        {"part": "bandit", "method": name, "alpha": alpha, "entropy": found.entropy, "objective": found.objective}
+        for name in ("chi2", "chi2_mixture")
+        for alpha in ALPHAS
+        for found in (bandit_optimum(torch.tensor(SHARES), alpha=alpha, divergence=name),)  # type: ignore[arg-type]
+    ]
 
 
 def _text() -> tuple[Tensor, Tensor, set[str]]:
@@ -74,24 +99,46 @@ def _model(seed: int) -> Any:
 
 
 def _train(model: Any, text: Tensor, starts: Tensor, seed: int, name: str, steps: int, rate: float) -> None:
-    """Likelihood of the windows; with "cloning" of windows with noise that is deleted; "sequencematch" besides."""
+    """Likelihood of the windows; "unlikelihood" of repetitions in own texts besides; with "cloning" of windows with
+    noise that is deleted; "sequencematch" besides.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     buffer: list[Tensor] = []
     for step in range(steps):
         source = generator(seed, name, steps, step)
         ids = text[starts[torch.randint(len(starts), (BATCH,), generator=source)].unsqueeze(1) + torch.arange(WINDOW)]
-        loss = _plain(model, ids) if name == "mle" else _noisy(model, ids, name, step, steps, buffer, source)
+        loss = _plain(model, ids) if name in WITHOUT else _noisy(model, ids, name, step, steps, buffer, source)
+        if name == "unlikelihood":
+            _refresh(model, buffer, step, source)
+            loss = loss + _repeated(model, torch.stack(_picked(buffer, source)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 
-def _plain(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: Any, ids: Tensor) -> Tensor:
     inputs = torch.cat([torch.full((len(ids), 1), BEGIN), ids[:, :-1]], 1)
     # Neither the begin token nor the backspace is ever written.
-    logits = model(input_ids=inputs).logits[..., : len(LETTERS)]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    found: Tensor = model(input_ids=inputs).logits[..., : len(LETTERS)]
+    return found
+
+
+def _plain(model: Any, ids: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(_logits(model, ids).flatten(0, 1), ids.flatten())
+
+
+def _repeated(model: Any, ids: Tensor) -> Tensor:
+    return unlikelihood_loss(_logits(model, ids), ids, candidates="sequences", n=NGRAM)
+
+
+def _refresh(model: Any, buffer: list[Tensor], step: int, source: torch.Generator) -> None:
+    if step % SETTINGS.refresh_every == 0:
+        buffer[:] = [*_sample(model, SETTINGS.samples, WINDOW, source), *buffer][: SETTINGS.kept]
+
+
+def _picked(buffer: list[Tensor], source: torch.Generator) -> list[Tensor]:
+    return [buffer[place] for place in torch.randint(len(buffer), (BATCH,), generator=source).tolist()]
 
 
 def _noisy(
@@ -104,11 +151,8 @@ def _noisy(
     logits = _masked(layout_logits(model, data))
     own, own_logits, share = data, logits, 1.0
     if name == "sequencematch":
-        if step % SETTINGS.refresh_every == 0:
-            found = _sample(model, SETTINGS.samples, WINDOW, source)
-            buffer[:] = [*found, *buffer][: SETTINGS.kept]
-        places = torch.randint(len(buffer), (BATCH,), generator=source).tolist()
-        rows = torch.nn.utils.rnn.pad_sequence([buffer[p] for p in places], batch_first=True, padding_value=-100)
+        _refresh(model, buffer, step, source)
+        rows = torch.nn.utils.rnn.pad_sequence(_picked(buffer, source), batch_first=True, padding_value=-100)
         own = backspace_layout(rows, backspace=BACKSPACE, begin=BEGIN)
         own_logits, share = _masked(layout_logits(model, own)), SETTINGS.share(step, steps)
     return sequencematch_loss(
@@ -168,10 +212,12 @@ def _written(model: Any, words: set[str], seed: int, noise: float) -> dict[str, 
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Valid words, and long ones, against noise; a line a method, means over seeds with every seed as a dot."""
-    with figure(path, columns=2, size=(4.6, 3.4)) as axes:
+    """Valid words, and long ones, against noise; a line a method, means over seeds with every seed as a dot. Then the
+    bandit's entropy over alpha.
+    """
+    with figure(path, columns=3, size=(4.2, 3.4)) as axes:
         panels = {"valid": "valid words", "long": "valid words of 4 letters or more"}
-        for panel, (key, label) in zip(axes, panels.items(), strict=True):
+        for panel, (key, label) in zip(axes[:2], panels.items(), strict=True):
             for place, (name, title) in enumerate(TITLES.items()):
                 found = [(row["noise"], row[key]) for row in rows if row["method"] == name]
                 noises = sorted({noise for noise, _ in found})
@@ -180,3 +226,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 panel.plot(*zip(*found, strict=True), ".", color=f"C{place}", markersize=4, alpha=0.6)
             panel.set(xlabel="share of characters replaced at random", ylabel=f"share of {label}")
         axes[0].legend(frameon=False, fontsize=8)
+        for name, style in (("chi2", "--"), ("chi2_mixture", "-")):
+            found = [(r["alpha"], r["entropy"]) for r in rows if r["method"] == name and r["seed"] == rows[0]["seed"]]
+            axes[2].plot(*zip(*found, strict=True), style, color="C0", label=name.replace("_", ", "))
+        source = -sum(share * math.log(share) for share in SHARES)
+        axes[2].axhline(source, color="0.6", linewidth=0.8, label="demonstrations")
+        axes[2].set(xlabel="weight of the divergence, alpha", ylabel="entropy of the policy (nats)", xscale="log")
+        axes[2].legend(frameon=False, fontsize=8)
