@@ -158,6 +158,22 @@ def test_multipliers_of_the_card():
     assert found.item() == pytest.approx(math.log(4.0), abs=1e-10)
 
 
+def test_two_multipliers_take_few_steps_of_newton(monkeypatch):
+    solved = []
+    solve = torch.linalg.lstsq
+    monkeypatch.setattr(torch.linalg, "lstsq", lambda a, b: solved.append(1) or solve(a, b))
+    features = torch.cartesian_prod(*2 * [torch.tensor([0.0, 1.0])]).double()
+    weights = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
+    wanted = torch.tensor([0.5, 0.8], dtype=torch.float64)
+    found = fit_multipliers(features, wanted, log_weights=weights.log())
+    shares = (weights.log() + features @ found).softmax(0)
+    torch.testing.assert_close(shares @ features, wanted, atol=1e-8, rtol=0)
+    assert 2 <= len(solved) <= 10
+    # as a reward with beta 1 they make the tilted target the law with these moments
+    tilted = FDpg(beta=1.0)._preference(features @ found)
+    torch.testing.assert_close((weights.log() + tilted).softmax(0), shares)
+
+
 def test_sampled_gradients_of_an_autoregressive_policy_are_right_in_the_mean():
     world = World(3, 3)
     policy = RecurrentPolicy(world, generator=generator(1, "policy"), width=4, dtype=torch.float64)

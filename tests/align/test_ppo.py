@@ -8,6 +8,7 @@ import torch
 from kullback.align.ppo import clipped_value_loss, generalised_advantages, shaped_rewards
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.rng import generator
+from kullback.divergences import kl, kl_sampled
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
 
@@ -25,6 +26,32 @@ def test_rewards_of_tokens_sum_to_the_completion():
     torch.testing.assert_close(found.sum(1), rewards - 0.3 * gap)
     assert (found[~MASK] == 0).all()
     assert found[1, 0].item() == pytest.approx(-2.0 - 0.3 * (policy - reference)[1, 0].item())
+
+
+def test_only_k1_in_the_reward_descends_the_divergence():
+    """What else is found there: k3 has the gradient of the difference of both KLs, the KL of a token's law has none."""
+    reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    logits = torch.tensor([0.2, -0.4, 0.9], dtype=torch.float64, requires_grad=True)
+    law = logits.log_softmax(-1)
+    backward, forward = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (
+        kl(law, reference), kl(reference, law)
+    ))  # fmt: skip
+    fixed, column = law.detach(), torch.ones(3, 1)
+    ratio = reference - fixed
+
+    def descended(values):
+        """The gradient that a policy gradient over all three tokens descends, values being taken off the reward."""
+        return torch.autograd.grad((fixed.exp() * values * law).sum(), logits, retain_graph=True)[0]
+
+    given = (reference.unsqueeze(1), fixed.unsqueeze(1), torch.zeros(3))
+    k1 = -shaped_rewards(*given, column, beta=1.0).squeeze(1)
+    torch.testing.assert_close(descended(k1), backward)
+    k3 = kl_sampled(reference, fixed, value="k3", gradient="none")
+    torch.testing.assert_close(k3, ratio.exp() - 1.0 - ratio)
+    assert (k3 >= 0.0).all()
+    assert (fixed.exp() @ k3).item() == pytest.approx(kl(fixed, reference).item(), abs=1e-12)
+    torch.testing.assert_close(descended(k3), backward - forward)
+    assert descended(kl(fixed, reference).expand(3)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("gamma", "trace"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (1.0, 1.0)])

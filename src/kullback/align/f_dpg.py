@@ -266,8 +266,9 @@ def quasi_rejection(
 class FDpg:
     """f-DPG as a method of the room: rewards make the target, and the policy's own completions the gradient.
 
-    target "tilt": P = reference exp(reward / beta), the optimum of RLHF; "constraint": P = reference where the reward
-    is over one half, 0 elsewhere. baseline: "window" (the last 1024 pseudo-rewards), "leave-one-out" in each group, or
+    target "tilt": P = reference exp(reward / beta), the optimum of RLHF, or with beta 1 and the reward <lambda, phi> of
+    `fit_multipliers` the nearest law with given moments; "constraint": P = reference where the reward is over one half,
+    0 elsewhere. baseline: "window" (the last 1024 pseudo-rewards), "leave-one-out" in each group, or
     "none". Z is kept for every prompt. partition, running and contest remember, and are made anew for each training.
 
     proposal: what completions are drawn from: "online" the policy itself, "offline" the best of its past, which the

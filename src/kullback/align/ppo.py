@@ -32,7 +32,9 @@ def shaped_rewards(
 ) -> Tensor:
     """Rewards of tokens [B, T]: the KL to the reference at each, and the completion's reward [B] at its last.
 
-    Their sum is R - b (log pi(y) - log ref(y)); 0 outside the mask. A row without a token has none.
+    Their sum is R - b (log pi(y) - log ref(y)); 0 outside the mask. A row without a token has none. Only this estimate
+    (k1) belongs in a reward: k3 there descends KL(pi, ref) - KL(ref, pi), which has no pull near the reference, and the
+    whole KL of a token's law has none at that token.
 
     >>> mask = torch.tensor([[True, True, False]])
     >>> shaped_rewards(torch.full((1, 3), -2.0), torch.full((1, 3), -1.0), torch.tensor([5.0]), mask, beta=0.1)
