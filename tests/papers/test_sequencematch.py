@@ -29,7 +29,8 @@ def test_a_model_by_likelihood_never_deletes():
 
 @pytest.mark.reproduce
 def test_one_seed_in_small(tmp_path, monkeypatch):
-    for name, value in {"PRETRAINED": 60, "TUNED": 30, "SAMPLES": 20, "NOISES": (0.0, 0.1), "ALPHAS": (1.0, 10.0)}.items():
+    small = {"PRETRAINED": 60, "TUNED": 30, "SAMPLES": 20, "NOISES": (0.0, 0.1), "ALPHAS": (1.0, 10.0)}
+    for name, value in small.items():
         monkeypatch.setattr(paper, name, value)
     report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
     by_method = {(row["method"], row["noise"]): row for row in report.rows if row["part"] == "prose"}

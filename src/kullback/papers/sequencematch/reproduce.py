@@ -228,7 +228,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes[0].legend(frameon=False, fontsize=8)
         for name, style in (("chi2", "--"), ("chi2_mixture", "-")):
             found = [(r["alpha"], r["entropy"]) for r in rows if r["method"] == name and r["seed"] == rows[0]["seed"]]
-            axes[2].plot(*zip(*found, strict=True), style, color="C0", label=name.replace("_", ", "))
+            axes[2].plot([a for a, _ in found], [e for _, e in found], style, color="C0", label=name.replace("_", ", "))
         source = -sum(share * math.log(share) for share in SHARES)
         axes[2].axhline(source, color="0.6", linewidth=0.8, label="demonstrations")
         axes[2].set(xlabel="weight of the divergence, alpha", ylabel="entropy of the policy (nats)", xscale="log")
