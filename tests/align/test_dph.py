@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from kullback.align._hf_reuse import rows_of_use
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
 from kullback.align.grpo import Grpo
 from kullback.align.regularised import f_regularised_policy
@@ -334,6 +335,20 @@ def test_micro_batches_share_one_count(buffer):
     loss, _, batch, _ = joint(method, sampled())
     half = method.loss(batch["old_log_prob"] + 0.1, batch, count=2 * method.count(batch))[0]
     assert torch.isclose(half, loss / 2)
+
+
+def test_mini_batches_have_their_share_of_both(buffer):
+    method = Dph(buffer=buffer, policy=Grpo(clip_high=0.28, dual_clip=3.0, epochs=2, mini_batches=2), eta=0.5)
+    assert (method.epochs, method.mini_batches) == (2, 2)
+    batch = method.prepare(sampled(), group=2, generator=stream(9))
+    parts = [rows_of_use(batch, use, method.mini_batches, seed=(0,)) for use in range(4)]
+    for first, second in (parts[:2], parts[2:]):
+        for name in ("input_ids", "old_log_prob", "advantages", "rehearsal"):
+            both, whole = torch.cat([first[name], second[name]]), batch[name]
+            assert torch.equal(both.flatten(1).sort(0).values if both.ndim > 1 else both.sort().values,
+                               whole.flatten(1).sort(0).values if whole.ndim > 1 else whole.sort().values)  # fmt: skip
+    moved = [method.loss(part["old_log_prob"] + 0.5, part, count=method.count(part))[1] for part in parts]
+    assert max(metrics["clipped"].item() for metrics in moved) > 0.0, "ratios leave 1 from the second step on"
 
 
 @pytest.mark.parametrize("visited", [0.0, 1.0])

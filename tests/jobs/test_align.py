@@ -95,6 +95,7 @@ MODES = {
     "salsa on ppo": ("salsa", {"algorithm": "ppo", "critic": "shared"}),
     "offline f-dpg": ("f-dpg", {"proposal": "offline", "every": 1, "defence": 0.25}),
     "nash-md": ("nash-mp", {"mode": "nash-md"}),
+    "dph-rl in mini-batches": ("dph-rl", {"epochs": 2, "mini_batches": 2, "clamp": 10.0}),
 }
 SAME = ("sft", "ipo", "dr-grpo", "salsa")  # which another method stands for
 

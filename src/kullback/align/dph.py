@@ -187,6 +187,16 @@ class Dph:
             raise ConfigError("DPH-RL explores without a KL: give a policy with beta=0, or use Grpo by itself")
         object.__setattr__(self, "needs_reference", self.form == "definition" and self.visited > 0.0)
 
+    @property
+    def epochs(self) -> int:
+        """How often the same completions serve, with the same answers of the buffer beside them."""
+        return self.policy.epochs
+
+    @property
+    def mini_batches(self) -> int:
+        """Parts that they are cut into, each with its share of both."""
+        return self.policy.mini_batches
+
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
         """Adds advantages, and behind the sampled rows those of the buffer, which `rehearsal` [B] marks."""
         batch = self.policy.prepare(batch, group=group, generator=generator)

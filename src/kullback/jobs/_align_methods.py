@@ -215,11 +215,14 @@ def _kdrl(
 def _dph(
     *, divergence: str = "forward_kl", alpha: float = 0.2, eta: float = 0.02, rehearsed: int = 0, level: str = "token",
     form: str = "generator", visited: float = 0.1, threshold: float = 0.75, answers: int = 8, kept: int = 1,
-    clip_low: float = 0.2, clip_high: float = 0.28,
+    clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 3.0, clamp: float | None = None,
+    epochs: int = 1, mini_batches: int = 1,
 ) -> tuple[Method, Rehearsal]:  # fmt: skip
-    chosen: dict[str, Any] = {"divergence": divergence, "level": level, "form": form}
+    chosen: dict[str, Any] = {"divergence": divergence, "level": level, "form": form, "clamp": clamp}
+    policy = Grpo(
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, epochs=epochs, mini_batches=mini_batches
+    )
     method = Dph(
-        buffer=RehearsalBuffer(), policy=Grpo(clip_low=clip_low, clip_high=clip_high, dual_clip=3.0), alpha=alpha,
-        eta=eta, rehearsed=rehearsed, visited=visited, **chosen,
-    )  # fmt: skip
+        buffer=RehearsalBuffer(), policy=policy, alpha=alpha, eta=eta, rehearsed=rehearsed, visited=visited, **chosen
+    )
     return method, Rehearsal(threshold=threshold, answers=answers, kept=kept)
