@@ -30,15 +30,28 @@ def test_outputs_have_no_mean_over_classes(data):
     assert paper._margins(model, data).shape == (2, 600)
 
 
+def test_the_sets_to_calibrate_on_are_of_other_digits(data, monkeypatch):
+    monkeypatch.setattr(paper, "REPEATS", 1)
+    masks, outputs = paper._held_out(data, 0)
+    assert masks.shape == (8, 300)
+    assert outputs.shape == (8, 300, 10)
+    assert (masks == 0).sum(1).tolist() == [paper.FORGET] * 8
+    assert not (set(data[1][(masks == 0).any(0)].tolist()) & set(paper.DIGITS))
+
+
 @pytest.mark.reproduce
 def test_one_seed_in_small(tmp_path, monkeypatch):
-    for name, value in {"MODELS": 6, "SUBSETS": (20, 40), "CHUNK": 20, "DIGITS": (8,)}.items():
+    for name, value in {"MODELS": 6, "SUBSETS": (20, 40), "CHUNK": 20, "DIGITS": (8,), "REPEATS": 1}.items():
         monkeypatch.setattr(paper, name, value)
     monkeypatch.setitem(paper.MATCHING, "epochs", 30)
+    monkeypatch.setattr(paper, "CURVE", (10,))
     report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
     by_name = {row["method"]: row for row in report.rows}
-    assert {"nothing", "floor", "oracle", "DMM 20", "DMM 40"} < by_name.keys()
+    assert {"nothing", "floor", "oracle", "DMM 20", "DMM 40", "TRAK", "calibrated"} < by_name.keys()
     assert by_name["oracle"]["forget"] < by_name["nothing"]["forget"]
+    curve = [by_name[name] for name in ("nothing", "oracle after 10", "oracle")]
+    assert [row["steps"] for row in curve] == [0, 10, 30]
+    assert curve[0]["forget"] > curve[1]["forget"] > curve[2]["forget"]
     monkeypatch.setattr(paper, "DIGITS", (8, 8))
     paper.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 10_000

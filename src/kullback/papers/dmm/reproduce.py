@@ -1,4 +1,8 @@
-"""Unlearning two coherent sets of digits: by datamodel matching, by an oracle's outputs, and by five older ways."""
+"""Unlearning two coherent sets of digits: by datamodel matching, by an oracle's outputs, and by five older ways.
+
+"DMM" has the shifts as datamodels of 200, 400 and 700 models predict them; "calibrated" those of 700, and "TRAK" those
+of projected gradients, scaled by what was seen of models retrained without like sets of the other digits.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,13 @@ from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
 from kullback.data.arrays import digits
-from kullback.diagnose.attribution import fit_datamodels, predict_without
+from kullback.diagnose.attribution import (
+    TRAKFeatures,
+    calibrated_scale,
+    ensemble_scores,
+    fit_datamodels,
+    predict_without,
+)
 from kullback.diagnose.unlearning import klom, margin
 from kullback.figures import figure
 from kullback.models.ensemble import EnsembleMLP, train_ensemble
@@ -35,6 +45,9 @@ MATCHING: dict[str, Any] = {
     "epochs": 150, "learning_rate": 2e-3, "batch_size": 10_000, "forget_multiplier": 3, "retain_multiplier": 100,
 }  # fmt: skip
 DIGITS = (8, 3)  # whose most isolated example and its nearest neighbours are forgotten
+REPEATS = 12  # retrained models for each like set of another digit, to calibrate
+MEMBERS, PROJECTED = 10, 512  # models and dimensions of TRAK
+CURVE = (15, 50)  # steps at which the matchings are judged besides
 
 
 def reproduce(run: Run) -> Report:
@@ -43,16 +56,16 @@ def reproduce(run: Run) -> Report:
     order = torch.randperm(len(images), generator=generator(run.seed, "digits"))
     train, held = order[:POINTS], order[POINTS : POINTS + VALIDATION]
     data = (images[train], labels[train], images[held], labels[held])
-    masks, outputs = _subsets(data, run.seed)
     original = _trained(data, MODELS, None, run.seed, "original")
+    attributions = _attributions(data, original, run.seed)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, list[float]] = {"dmm": [], "oracle": [], "retain": [], "validation": [], "ordered": []}
     for digit in DIGITS:
         problem = ForgetProblem(data[0], data[1], _neighbours(data[0], data[1], digit))
-        found = _compare(data, problem, original, masks, outputs, run.seed)
+        found = _compare(data, problem, original, attributions, run.seed)
         rows += [{"digit": digit, "method": name, **values} for name, values in found.items()]
         best = min(v["forget"] for name, v in found.items() if name.split(" ")[0] in _BASELINES)
-        matched, nothing = found[f"DMM {SUBSETS[-1]}"], found["nothing"]
+        matched, nothing = found["calibrated"], found["nothing"]
         ratios["dmm"].append(matched["forget"] / best)
         ratios["oracle"].append(found["oracle"]["forget"] / best)
         for name in ("retain", "validation"):
@@ -104,33 +117,71 @@ def _subsets(data: Data, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(masks), torch.cat(outputs)
 
 
+def _attributions(data: Data, original: EnsembleMLP, seed: int) -> dict[str, tuple[Tensor, tuple[float, float]]]:
+    """For each attribution, beta [n, n, C] and the scales of its shifts on forgotten and on all other points."""
+    masks, outputs = _subsets(data, seed)
+    found: dict[str, tuple[Tensor, tuple[float, float]]] = {}
+    for count in SUBSETS:
+        beta, _ = fit_datamodels(masks[:count], outputs[:count], penalty=PENALTY)
+        found[f"DMM {count}"] = beta, (1.0, 1.0)
+    members = [
+        TRAKFeatures(original.member(i), dimensions=PROJECTED, penalty=1.0, generator=generator(seed, "trak", i))
+        for i in range(min(MEMBERS, MODELS))
+    ]
+    held, seen = _held_out(data, seed)
+    base = _outputs(original, data[0]).mean(0)
+    for name, fitted in (("calibrated", beta), ("TRAK", ensemble_scores(members, data[:2], data[0]))):
+        out, kept = (calibrated_scale(fitted, held, seen, base, where=held == there) for there in (0, 1))
+        found[name] = fitted, (out, kept)
+    return found
+
+
+def _held_out(data: Data, seed: int) -> tuple[Tensor, Tensor]:
+    """Masks and outputs of models retrained without sets chosen as those to be forgotten are, but of other digits."""
+    others = [_neighbours(data[0], data[1], digit) for digit in range(10) if digit not in DIGITS]
+    masks = torch.ones(REPEATS * len(others), POINTS)
+    for place in range(len(masks)):
+        masks[place, others[place % len(others)]] = 0.0
+    return masks, _outputs(_trained(data, len(masks), masks, seed, "calibration"), data[0])
+
+
 def _compare(
-    data: Data, problem: ForgetProblem, original: EnsembleMLP, masks: Tensor, outputs: Tensor, seed: int
-) -> dict[str, dict[str, float]]:
+    data: Data, problem: ForgetProblem, original: EnsembleMLP,
+    attributions: Mapping[str, tuple[Tensor, tuple[float, float]]], seed: int,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     weights = torch.ones(MODELS, POINTS)
     weights[:, problem.forget] = 0.0
     oracles = [_trained(data, MODELS, weights, seed, f"oracle {name}") for name in ("a", "b", "c")]
     true = _margins(oracles[0], data)
 
-    def judged(model: torch.nn.Module) -> dict[str, float]:
+    def judged(model: torch.nn.Module, steps: int) -> dict[str, float]:
         values = klom(_margins(model, data), true)
         sets = {"forget": problem.forget, "retain": problem.retain}
         sets["validation"] = torch.arange(POINTS, POINTS + VALIDATION)
-        return {name: values[points].mean().item() for name, points in sets.items()}
+        return {"steps": steps, **{name: values[points].mean().item() for name, points in sets.items()}}
 
-    found = {"nothing": judged(original), "floor": judged(oracles[1])}
-    for name, model in _baselines(original, problem, seed).items():
-        found[name] = judged(model)
+    found = {"nothing": judged(original, 0), "floor": judged(oracles[1], 0)}
+    for name, (model, steps) in _baselines(original, problem, seed).items():
+        found[name] = judged(model, steps)
     draw = generator(seed, "matching")
+
+    def matched(targets: Tensor, steps: int) -> dict[str, float]:
+        options = {**MATCHING, "epochs": steps}
+        return judged(datamodel_matching(original, problem, targets, generator=draw, **options), steps)
+
     with torch.no_grad():
         own = original(data[0])
     # The mean over classes is the model's own: no softmax sees it, and matching another's would be work for nothing.
-    seen = _outputs(oracles[2], data[0]) + own.mean(-1, keepdim=True)
-    found["oracle"] = judged(datamodel_matching(original, problem, seen, generator=draw, **MATCHING))
-    for count in SUBSETS:
-        beta, _ = fit_datamodels(masks[:count], outputs[:count], penalty=PENALTY)
-        targets = predict_without(beta, own, problem.forget)
-        found[f"DMM {count}"] = judged(datamodel_matching(original, problem, targets, generator=draw, **MATCHING))
+    targets = {"oracle": _outputs(oracles[2], data[0]) + own.mean(-1, keepdim=True)}
+    for name, (beta, (forgotten, kept)) in attributions.items():
+        scale = torch.full((POINTS, 1), kept)
+        scale[problem.forget] = forgotten
+        targets[name] = predict_without(beta, own, problem.forget, scale=scale)
+    for name, wanted in targets.items():
+        found[name] = matched(wanted, MATCHING["epochs"])
+    for steps in CURVE:
+        for name in ("oracle", "calibrated"):
+            found[f"{name} after {steps}"] = matched(targets[name], steps)
     return found
 
 
@@ -141,32 +192,48 @@ def _margins(model: torch.nn.Module, data: Data) -> Tensor:
     return margin(logits, torch.cat([data[1], data[3]]))
 
 
-def _baselines(original: EnsembleMLP, problem: ForgetProblem, seed: int) -> dict[str, torch.nn.Module]:
-    """Every older way over its grid."""
-    options: dict[str, Any] = {"generator": generator(seed, "baselines"), "batch_size": 10_000}
-    found: dict[str, torch.nn.Module] = {}
+def _baselines(original: EnsembleMLP, problem: ForgetProblem, seed: int) -> dict[str, tuple[torch.nn.Module, int]]:
+    """Every older way over its grid, with the steps that it took."""
+    options: dict[str, Any] = {"generator": generator(seed, "baselines"), "batch_size": 10_000, "learning_rate": 2e-3}
+    found: dict[str, tuple[torch.nn.Module, int]] = {}
     for epochs in (50, 200):
-        found[f"descent {epochs}"] = gradient_descent(original, problem, epochs=epochs, learning_rate=2e-3, **options)
+        found[f"descent {epochs}"] = gradient_descent(original, problem, epochs=epochs, **options), epochs
     for epochs in (1, 5, 20):
-        found[f"ascent {epochs}"] = gradient_ascent(original, problem, epochs=epochs, learning_rate=2e-3, **options)
+        found[f"ascent {epochs}"] = gradient_ascent(original, problem, epochs=epochs, **options), epochs
     for epochs in (10, 50):
-        found[f"both {epochs}"] = gradient_descent_ascent(
-            original, problem, epochs=epochs, learning_rate=2e-3, ascent=0.1, **options
-        )
+        model = gradient_descent_ascent(original, problem, epochs=epochs, ascent=0.1, **options)
+        found[f"both {epochs}"] = model, epochs
     for epochs in (5, 20):
-        found[f"SCRUB {epochs}"] = scrub(original, problem, epochs=epochs, learning_rate=2e-3, **options)
+        found[f"SCRUB {epochs}"] = scrub(original, problem, epochs=epochs, **options), epochs + 3
     return found
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KLoM on forget and on retained points of every method, a panel a forget set; a dot a seed."""
-    with figure(path, columns=len(DIGITS), size=(5.2, 3.8)) as axes:
-        for panel, digit in zip(axes, DIGITS, strict=True):
-            mine = [row for row in rows if row["digit"] == digit]
-            for place, name in enumerate(dict.fromkeys(row["method"].split(" ")[0] for row in mine)):
+    """KLoM on forgotten and on retained points of every method, a panel a forget set; and against steps, all seeds."""
+    names = list(dict.fromkeys(row["method"].split(" ")[0] for row in rows))
+    with figure(path, columns=len(DIGITS) + 1, size=(4.6, 3.8)) as axes:
+        for panel, digit in zip(axes, DIGITS, strict=False):
+            for place, name in enumerate(names):
+                mine = [row for row in rows if row["digit"] == digit and "after" not in row["method"]]
                 found = [row for row in mine if row["method"].split(" ")[0] == name]
-                marker = "*" if name in ("DMM", "oracle", "floor") else "o"
+                marker = "*" if name in ("DMM", "calibrated", "TRAK", "oracle", "floor") else "o"
                 x, y = ([row[key] for row in found] for key in ("forget", "retain"))
                 panel.plot(x, y, marker, color=f"C{place}", label=name, alpha=0.7, markersize=6)
             panel.set(xlabel=f"KLoM on the forgotten {digit}s (nats)", ylabel="KLoM on retained points (nats)")
         axes[0].legend(frameon=False, fontsize=7)
+        _steps(axes[-1], rows, names)
+
+
+def _steps(panel: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Means over forget sets and seeds, from the untouched model on; the colours are those of the other panels."""
+    for place, name in enumerate(names):
+        mine = [row for row in rows if row["method"] == "nothing" or row["method"].split(" ")[0] == name]
+        steps = sorted({row["steps"] for row in mine})
+        for key, style in (("forget", "-"), ("retain", ":")):
+            found = [[row[key] for row in mine if row["steps"] == count] for count in steps]
+            if len(steps) > 2:
+                means = [sum(values) / len(values) for values in found]
+                panel.plot(steps, means, style, marker=".", color=f"C{place}", label=name if style == "-" else None)
+    panel.set_xscale("symlog", linthresh=1.0)
+    panel.set(xlabel="steps", ylabel="KLoM: forgotten (full), retained (dotted), nats", xlim=(0, None), ylim=(0, None))
+    panel.legend(frameon=False, fontsize=7)
