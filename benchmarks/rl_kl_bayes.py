@@ -5,7 +5,7 @@ masked subtraction. "evidence": sequences of 16 tokens rewarded for the rarest o
 prior for importance sampling and for annealing by moves of one token, whose laws are kept (one call each): "annealed"
 80 samples with 7 moves at 32 temperatures, "recycled" every state of 63 moves of 40 at 8, and by suffixes drawn anew;
 mean squared errors of log Z over 20 runs, and the first over the better of the next two. Tenfold from a KL of 8 nats on
-was the aim. Around 8 nats it is 5 to 9, at 11 nats and more above 10: a proposal has the wanted token once in six, and
+was the aim. At 8 nats it is some 6.6, at 11 nats 14 and at 19 nats 25: a proposal has the wanted token once in six, and
 what is left is how few of the places change in the calls that can be paid.
 """
 
@@ -80,7 +80,7 @@ def main():
     torch.set_num_threads(1)
     found = {
         "environment": environment(), "shaped": [shaped(512), shaped(2048)],
-        "evidence": [evidence(beta) for beta in (1.0, 0.5, 0.45, 0.4, 0.3)],
+        "evidence": [evidence(beta) for beta in (1.0, 0.45, 0.4, 0.3)],
     }  # fmt: skip
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -317,3 +317,34 @@ def test_bad_input():
     starved = PriorSampler(lambda n, draw: torch.arange(n), lambda x: x.double())
     with pytest.warns(RuntimeWarning, match="rests on"):
         log_evidence(starved, 1000, beta=1e-2, generator=generator(0))
+    with pytest.warns(RuntimeWarning, match="samples rest on"):
+        posterior_sample(starved, 1000, beta=1e-2, generator=generator(0))
+
+
+@pytest.mark.slow
+def test_plain_rl_ends_in_one_of_the_ties_and_the_penalty_at_the_posterior():
+    """3000 exact steps, as the card has them; seven strings are equally good."""
+    world = World(4, 4)
+    prior = TabularPolicy(world, generator=generator(0, "prior"), scale=1.0)
+    law, x = prior.all_log_probs().detach(), world.sequences()
+    reward = (x == 3).sum(1).double() - 0.5 * (x[:, 1:] == x[:, :-1]).sum(1)
+    ends = {}
+    for name in ("plain", "penalty"):
+        target = PosteriorTarget(law, reward, 0.5)
+        policy = TabularPolicy(world)
+        policy.load_state_dict(prior.state_dict())
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+        for _ in range(3000):
+            log_policy = policy.all_log_probs()
+            loss = -(log_policy.exp() @ reward) if name == "plain" else -target.objective(log_policy)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ends[name] = policy.all_log_probs().detach()
+    alone = collapse_report(law, ends["plain"])
+    posterior = PosteriorTarget(law, reward, 0.5).exact().log_posterior
+    assert int((reward == reward.max()).sum()) == 7
+    # The card has 0.016 nats in its own random world, this one 0.052: the string that leads depends on the prior.
+    assert alone.entropy < 0.06
+    assert alone.top > 0.99
+    assert 0.5 * (ends["penalty"].exp() - posterior.exp()).abs().sum().item() < 1e-4

@@ -451,6 +451,8 @@ def test_bad_input(model):
     logits = torch.zeros(*layout.input_ids.shape, 8)
     with pytest.raises(ShapeError, match="stream"):
         transition_rewards(logits[:, :2], layout, backspace=BACKSPACE)
+    with pytest.raises(DataError, match="action 7"):
+        transition_rewards(logits[..., :7], layout, backspace=BACKSPACE)
     for wrong in ({"alpha": 0.0}, {"gamma": 1.5}, {"divergence": "tv"}, {"normalise": "mean"}, {"terminal": "end"}):
         with pytest.raises(ConfigError):
             sequencematch_loss(logits, layout, logits, layout, backspace=BACKSPACE, **wrong)

@@ -106,12 +106,7 @@ def log_evidence(
         found = _together(paths) if method == "annealed" else _thermodynamic(paths, equal=adaptive is None)
     else:
         raise ConfigError(f"method is importance, annealed or thermodynamic, not {method!r}")
-    if found.effective_size < 0.01 * count:
-        warnings.warn(
-            f"the evidence rests on {found.effective_size:.1f} of {count} samples: take method='annealed', or more",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _warn("the evidence rests", found.effective_size, count)
     return found
 
 
@@ -133,7 +128,7 @@ def posterior_sample(
 
     largest_reward: a bound of the reward, for rejection; steps: of the `count` chains of "metropolis"; temperatures,
     moves, adaptive and recycle: of "annealed", see `log_evidence`. Raises ConfigError for rejection without a bound,
-    DataError for a reward above it.
+    DataError for a reward above it. Warns where "resampling" rests on less than a hundredth of the samples.
     """
     _check(count, beta)
     zeros = torch.zeros(count, dtype=torch.float64)
@@ -152,7 +147,9 @@ def posterior_sample(
         raise ConfigError(f"method is rejection, resampling, metropolis or annealed, not {method!r}")
     scores = rewards / beta
     places = torch.multinomial(scores.softmax(0), count, replacement=True, generator=generator)
-    return PosteriorSamples(x[places], zeros, 1.0, effective_size(scores))
+    size = effective_size(scores)
+    _warn("the samples rest", size, count)
+    return PosteriorSamples(x[places], zeros, 1.0, size)
 
 
 def _rejection(
@@ -204,6 +201,12 @@ def _thermodynamic(paths: list[Path], *, equal: bool) -> Evidence:
 def _evidence(paths: list[Path], value: float, between: float, inside: float) -> Evidence:
     error = inside if len(paths) == 1 else max(between, inside)
     return Evidence(value, error, sum(path.effective_size for path in paths), sum(path.calls for path in paths))
+
+
+def _warn(what: str, size: float, count: int) -> None:
+    if size < 0.01 * count:
+        text = f"{what} on {size:.1f} of {count} samples: take method='annealed', or more"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _check(count: int, beta: float) -> None:

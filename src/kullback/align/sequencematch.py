@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kullback.align.implicit import matching_divergence, phi_transform
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.decode.backspace import Layout
 
 __all__ = [
@@ -109,7 +109,7 @@ def transition_rewards(
 
     terminal: what follows a row's last action, "zero", "bootstrap" or "absorbing", which takes the value end_value [].
     end: the action that ends a text; rows that do not end with it are cut, and bootstrap. None: all rows are alike.
-    Raises ShapeError, ConfigError.
+    Raises ShapeError, ConfigError, DataError for an action without a logit.
     """
     _check_transitions(logits, layout, gamma, terminal, end, end_value)
     held = layout.held
@@ -141,6 +141,8 @@ def _check_transitions(
     if logits.ndim != 3 or logits.shape[:2] != layout.input_ids.shape:
         shapes = f"{tuple(logits.shape)} and {tuple(layout.input_ids.shape)}"
         raise ShapeError(f"logits are [B, T, V] over the stream of the layout, got {shapes}")
+    if int(layout.actions.max()) >= logits.shape[-1]:
+        raise DataError(f"action {int(layout.actions.max())} is none of the {logits.shape[-1]} that have logits")
     if not 0.0 < gamma <= 1.0:
         raise ConfigError(f"gamma lies in (0, 1], got {gamma}")
     if terminal not in ("zero", "bootstrap", "absorbing"):

@@ -220,6 +220,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for panel, (key, label) in zip(axes[:2], panels.items(), strict=True):
             for place, (name, title) in enumerate(TITLES.items()):
                 found = [(row["noise"], row[key]) for row in rows if row["method"] == name]
+                if not found:
+                    continue
                 noises = sorted({noise for noise, _ in found})
                 means = [sum(v for n, v in found if n == noise) / sum(n == noise for n, _ in found) for noise in noises]
                 panel.plot(noises, means, color=f"C{place}", label=title)
