@@ -181,6 +181,22 @@ def test_outcomes_without_mass_and_one_prompt_among_many():
     close(largest_kl(log_p, r)[0], math.log(2), 1e-12)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_largest_kl_counts_every_best_outcome(tied):
+    """By rows with and without ties, together and alone, and where the best has no mass to speak of."""
+    r = torch.tensor([[0.0, 1.0, 2.0, 4.0], [4.0, 1.0, 4.0, 4.0]], dtype=torch.float64)[[0, int(tied)]]
+    wanted = [-math.log(0.1), -math.log(0.75) if tied else -math.log(0.1)]
+    assert largest_kl(P, r).tolist() == pytest.approx(wanted, abs=1e-12)
+    assert [largest_kl(P, row).item() for row in r] == pytest.approx(wanted, abs=1e-12)
+    assert largest_kl(P, torch.ones(4)).item() == pytest.approx(0.0, abs=1e-12)
+    assert largest_kl(torch.tensor([0.0, -900.0]).double(), torch.tensor([0.0, 1.0])).item() == pytest.approx(900.0)
+    for wrong in (math.nan, math.inf, -math.inf):
+        broken = r.clone()
+        broken[1, 2] = wrong
+        with pytest.raises(DataError, match="not finite"):
+            largest_kl(P, broken)
+
+
 def test_mean_of_best_of_n_over_all_subsets():
     rewards = torch.randn(7, generator=seeded(1), dtype=torch.float64)
     for n in (1, 3, 7):

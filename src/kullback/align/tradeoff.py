@@ -77,7 +77,7 @@ def _checked(log_reference: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
     if not bool((total.abs() <= 1e-6).all()):
         worst = total.flatten()[(total.abs().nan_to_num(nan=math.inf)).argmax()]
         raise DataError(f"the reference does not sum to 1 (its log-sum is {worst:.2g}): take log_softmax of its logits")
-    if bool(log_p.amin() > -math.inf) and bool(r.isfinite().all()):
+    if bool(log_p.amin() > -math.inf) and all(bool(end.isfinite()) for end in r.aminmax()):  # a NaN is both ends
         return log_p, r
     held = log_p > -math.inf
     if not bool(r.masked_fill(~held, 0.0).isfinite().all()):
@@ -140,7 +140,10 @@ def largest_kl(log_reference: Tensor, reward: Tensor) -> Tensor:
 
 
 def _largest(log_p: Tensor, r: Tensor) -> Tensor:
-    best = log_p.masked_fill(r < r.amax(-1, keepdim=True), -math.inf)
+    highest, place = r.max(-1, keepdim=True)
+    if bool(((r == highest).sum(-1) == 1).all()):  # no ties: no exponentials, which are slow at -inf
+        return -log_p.gather(-1, place).squeeze(-1).clamp(max=0.0)
+    best = log_p.masked_fill(r < highest, -math.inf)
     top = best.amax(-1, keepdim=True)
     return -((best - top).exp_().sum(-1).log_() + top.squeeze(-1)).clamp(max=0.0)
 
