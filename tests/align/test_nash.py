@@ -26,7 +26,7 @@ from kullback.align.nash_policy import (
     pair_preferences,
     win_rates,
 )
-from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.errors import ConfigError, DataError, RewardError, ShapeError
 from kullback.core.rng import generator
 from kullback.divergences import kl
 
@@ -233,8 +233,9 @@ def test_judges_are_asked_in_both_orders():
     assert found.tolist() == pytest.approx([0.8, 0.35, 0.35, 0.5])
     once = judged(biased, both_orders=False)(["p", "p"], ["a", "b"])
     assert once.tolist() == pytest.approx([0.6, 0.4]), "the bias that both orders take away"
-    with pytest.raises(DataError, match="chance"):
-        judged(lambda prompts, first, second: [2.0] * len(first))(["p", "p"], ["a", "b"])
+    for wrong in ([2.0, 0.5], [math.nan, 0.5], [0.5]):
+        with pytest.raises(RewardError, match=r"a chance in \[0, 1\] for each of 2 pairs"):
+            judged(lambda prompts, first, second, wrong=wrong: wrong)(["p", "p"], ["a", "b"])
 
 
 def test_the_method_reaches_the_equilibrium_of_a_game_in_circles():

@@ -337,6 +337,10 @@ def test_a_judge_of_pairs(adder, tmp_path):
     found = events(job.run(with_training(config, steps=20, learning_rate=3e-3), tmp_path / "run").path)
     assert found[0]["reward"] == pytest.approx(0.5, abs=1e-6), "on its own completions a policy wins half the time"
     assert found[-1]["tokens"] > found[0]["tokens"]
+    (tmp_path / "judge.py").write_text("def sure(prompts, firsts, seconds):\n    return [2.0] * len(firsts)\n")
+    wrong = job.RewardConfig(name=f"{tmp_path / 'judge.py'}:sure", pairwise=True, on_error="zero")
+    run = job.run(with_training(replace(config, reward=wrong), steps=2), tmp_path / "wrong")
+    assert "a chance in [0, 1]" in events(run.path, kind="reward_error")[0]["text"]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from torch import Tensor
 from kullback.align.log_probs import sequence_log_probs
 from kullback.align.methods import Batch
 from kullback.align.policy_gradient import leave_one_out_baseline
-from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.errors import ConfigError, RewardError, ShapeError
 
 __all__ = [
     "NashPolicy",
@@ -119,14 +119,15 @@ def judged(judge: Judge, *, both_orders: bool = True) -> Callable[..., Tensor]:
 def _asked(
     judge: Judge, pairs: Sequence[tuple[str, int, int]], texts: Mapping[str, Sequence[str]], both_orders: bool
 ) -> dict[str, list[tuple[tuple[str, int, int], float]]]:
-    """What the judge says of pairs (prompt, number of a text, of another), by prompt; DataError for no chance."""
+    """What the judge says of pairs (prompt, number of a text, of another), by prompt; RewardError for no chance."""
     orders = [*pairs, *((prompt, b, a) for prompt, a, b in pairs)] if both_orders else list(pairs)
     if not orders:
         return {}
     firsts, seconds = [texts[p][a] for p, a, _ in orders], [texts[p][b] for p, _, b in orders]
     found = torch.as_tensor(judge([prompt for prompt, _, _ in orders], firsts, seconds), dtype=torch.float32)
     if found.shape != (len(orders),) or not ((found >= 0) & (found <= 1)).all():
-        raise DataError(f"a judge gives a chance in [0, 1] for each of {len(orders)} pairs, got {found[:4]}")
+        got = f"{tuple(found.shape)} values, first {found.flatten()[:4].tolist()}"
+        raise RewardError(f"a judge gives a chance in [0, 1] for each of {len(orders)} pairs, got {got}")
     if both_orders:
         found = 0.5 * (found[: len(pairs)] + 1.0 - found[len(pairs) :])
     said: dict[str, list[tuple[tuple[str, int, int], float]]] = {}
