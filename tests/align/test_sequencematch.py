@@ -10,6 +10,7 @@ from kullback.align._hf_sequencematch import (
     SequenceMatchSettings,
     SequenceMatchTrainer,
     layout_logits,
+    likely_tokens,
     with_backspace,
 )
 from kullback.align.sequencematch import policy_entropy, sequencematch_loss, transition_rewards
@@ -260,6 +261,29 @@ def test_noise_comes_and_goes():
         exclude=lambda true, wrong: torch.ones_like(true, dtype=torch.bool),
     )  # fmt: skip
     assert torch.equal(kept, ids)
+
+
+def test_noise_that_could_be_right_is_left_out(model):
+    ids = torch.randint(1, 7, (20, 12), generator=generator(5, "ids"))
+    options = {"share": 0.5, "vocabulary": 7, "backspace": BACKSPACE}
+    law = model(torch.cat([torch.zeros(20, 1, dtype=torch.long), ids[:, :-1]], 1)).logits.softmax(-1)
+    above = law.median().item()
+    counts = {}
+    for name, exclude in (("all", None), ("unlikely", likely_tokens(model, begin=BEGIN, above=above))):
+        actions, _ = inject_noise(ids, generator=generator(5, "n"), exclude=exclude, **options)
+        wrong = []
+        for row, each in enumerate(actions.tolist()):
+            depth = 0
+            for place, action in enumerate(each[:-1]):
+                if each[place + 1] == BACKSPACE:
+                    wrong.append(law[row, depth, action].item())
+                elif action not in (BACKSPACE, PAD):
+                    depth += 1
+        counts[name] = (len(wrong), max(wrong))
+    assert counts["unlikely"][1] <= above + 1e-6 < counts["all"][1]
+    assert 0 < counts["unlikely"][0] < counts["all"][0]
+    with pytest.raises(ConfigError, match="above"):
+        likely_tokens(model, begin=BEGIN, above=2.0)
 
 
 def test_the_trainer(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from kullback.decode.backspace import (
     inject_noise,
 )
 
-__all__ = ["SequenceMatchSettings", "SequenceMatchTrainer", "layout_logits", "with_backspace"]
+__all__ = ["SequenceMatchSettings", "SequenceMatchTrainer", "layout_logits", "likely_tokens", "with_backspace"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,23 @@ def layout_logits(model: Any, layout: Layout) -> Tensor:
         input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
     ).logits
     return found
+
+
+def likely_tokens(model: Any, *, begin: int, above: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """What `inject_noise` takes as `exclude`: proposals that the model, trained before, gives more than `above`, from 0
+    to 1. In small alphabets much noise could be right, and deleting it would be taught otherwise. Raises ConfigError.
+    """
+    if not 0.0 <= above <= 1.0:
+        raise ConfigError(f"above is a probability, got {above}")
+
+    @torch.no_grad()
+    def likely(ids: Tensor, proposed: Tensor) -> Tensor:
+        start = torch.full_like(ids[:, :1], begin)
+        logits = model(input_ids=torch.cat([start, ids[:, :-1]], 1), use_cache=False).logits
+        found = logits.float().softmax(-1).gather(2, proposed.unsqueeze(2)).squeeze(2)
+        return found > above
+
+    return likely
 
 
 @torch.no_grad()
