@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from kullback.core.rng import generator as stream
 from kullback.core.runs import Run
 from kullback.papers.sinkd import reproduce as study
 
@@ -27,13 +26,9 @@ def test_starts_on_the_target_are_recovered_and_a_flat_loss_recovers_no_other():
     assert study.recovered(lambda log_p, log_q: 0.0 * log_q.sum(-1), starts) == 0.5
 
 
-def test_a_seed_gives_the_same_students_and_batches():
-    first, second = (study.network(4, 3, 2, source=stream(1, "x")) for _ in range(2))
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other)
+def test_a_seed_gives_the_same_digits_and_leaves_the_global_state_alone():
     before = torch.random.get_rng_state()
     inputs = study.digits(3)[0]
-    study.network(4, 3, 2, source=stream(1, "x"))
     assert torch.equal(inputs, study.digits(3)[0])
     assert not torch.equal(inputs, study.digits(4)[0])
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -13,6 +13,7 @@ from kullback.models.masked_diffusion import (
     transition_logprob,
 )
 from kullback.models.masked_diffusion_sampling import AncestralSampler
+from kullback.models.perceptron import perceptron
 from kullback.models.small import small_llama, trained_llama
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "mdm_exact_distribution",
     "mdm_loss",
     "mdm_posterior",
+    "perceptron",
     "small_llama",
     "train_ensemble",
     "trained_adder",

@@ -7,10 +7,8 @@ knowledge distillation (KD), and with KD + SinKD.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from kullback.distill.sinkd import SinkhornKD, sinkd_loss
 from kullback.divergences import jsd, kl, reverse_kl, squared_hellinger, total_variation
 from kullback.divergences.pairwise import pairwise_cost
 from kullback.divergences.sinkhorn import sinkhorn_divergence
+from kullback.models.perceptron import perceptron
 
 __all__ = ["draw", "reproduce"]
 
@@ -82,17 +81,6 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return inputs[train], labels[train], inputs[held_out], labels[held_out]
 
 
-def network(*widths: int, source: torch.Generator) -> nn.Sequential:
-    """A multilayer perceptron with ReLU between its layers."""
-    layers: list[nn.Module] = []
-    for inside, outside in pairwise(widths):
-        linear = nn.utils.skip_init(nn.Linear, inside, outside)
-        for parameter in linear.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(inside), 1 / math.sqrt(inside), generator=source)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 def train(model: nn.Module, inputs: Tensor, loss: Callable[[Tensor, Tensor], Tensor], source: torch.Generator) -> None:
     """EPOCHS passes of Adam over random batches; loss(rows of the batch, the model's logits)."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -114,13 +102,13 @@ def distilled(seed: int) -> list[dict[str, Any]]:
         transport = partial(sinkd_loss, reduction="mean")
         return SinkhornKD(alpha=0.9, weight=weight, transport=transport)(taught[rows], logits, labels[rows])["loss"]
 
-    teacher = network(64, 256, 256, 10, source=generator(seed, "teacher"))
+    teacher = perceptron(64, 256, 256, 10, generator=generator(seed, "teacher"))
     train(teacher, inputs, hard, generator(seed, "teacher batches"))
     with torch.no_grad():
         taught, held_taught = teacher(inputs), teacher(held_inputs)
     table = []
     for name, weight in STUDENTS.items():
-        student = network(64, 16, 10, source=generator(seed, "student"))
+        student = perceptron(64, 16, 10, generator=generator(seed, "student"))
         loss = hard if weight is None else partial(soft, weight=weight)
         train(student, inputs, loss, generator(seed, "student batches"))
         with torch.no_grad():
