@@ -89,7 +89,7 @@ class VE:
 
 
 @dataclass(frozen=True, slots=True)
-class EDM:
+class EDM(VE):
     """VE on the grid of Karras et al., uniform in sigma^(1/rho).
 
     >>> [round(level, 3) for level in EDM(0.002, 80.0).levels(2)]
@@ -97,12 +97,10 @@ class EDM:
     """
 
     sigma_min: float = 0.002
-    sigma_max: float = 80.0
     rho: float = 7.0
-    growth: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        _check_sigmas(self.sigma_min, self.sigma_max)
+        VE.__post_init__(self)  # slots make a new class, which super() without arguments would not find
         if not self.rho > 0.0:
             raise ConfigError(f"rho is the positive exponent of the grid, not {self.rho}")
 
@@ -111,18 +109,6 @@ class EDM:
         first, last = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         inner = [(first + index / count * (last - first)) ** self.rho for index in range(1, count)]
         return [self.sigma_max, *inner, self.sigma_min]
-
-    def clock(self, level: float) -> float:
-        """v up to a constant; it grows as noise falls."""
-        return -(level**2)
-
-    def log_snr(self, level: float) -> float:
-        """log of signal over noise, in nats of variance."""
-        return -2.0 * math.log(level)
-
-    def scale_and_noise(self, level: float) -> tuple[float, float]:
-        """The factor of x_0 and the standard deviation of the noise."""
-        return 1.0, level
 
 
 @dataclass(frozen=True, slots=True)
