@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from kullback.align._annealing import jackknife_log_mean, next_inverse
+from kullback.align._annealing import Schedule, anneal, jackknife_log_mean, next_inverse
 from kullback.align._moves import Walkers
 from kullback.align.evidence import PriorSampler, log_evidence, posterior_sample, token_move
 from kullback.core.errors import ConfigError, ShapeError
@@ -119,8 +119,8 @@ def test_adaptive_steps_have_the_effective_size_that_was_asked_for():
     found = next_inverse(scores, rewards, now=0.2, last=50.0, share=0.7)
     weights, steps = scores.softmax(0), ((found - 0.2) * rewards).exp()
     assert ((weights @ steps) ** 2 / (weights @ steps**2)).item() == pytest.approx(0.7, abs=1e-9)
-    assert next_inverse(scores, rewards, now=0.2, last=0.25, share=0.7) == 0.25, "the rest is near enough"
-    assert next_inverse(scores, torch.ones_like(rewards), now=0.0, last=1e6, share=0.9) == 1e6
+    assert next_inverse(scores, rewards, now=0.2, last=0.25, share=0.7).item() == 0.25, "the rest is near enough"
+    assert next_inverse(scores, torch.ones_like(rewards), now=0.0, last=1e6, share=0.9).item() == 1e6
     chain, calls = Chain(), {}
     for share in (0.5, 0.95):
         calls[share] = log_evidence(
@@ -190,3 +190,65 @@ def test_bad_input():
             log_evidence(chain.problem(), 40, **options, **wrong)
     with pytest.raises(ShapeError, match="laws"):
         token_move(lambda x: torch.zeros(len(x), TOKENS))(chain.all, generator(0))
+
+
+class Counting(Chain):
+    """It keeps the sizes of the batches in which the model reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def laws(self, x):
+        self.batches.append(len(x))
+        return super().laws(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"recycle": True, "moves": 4}, {"adaptive": 0.6}])
+def test_swarms_share_a_batch(options):
+    """As many calls as one swarm after the other, in a quarter of the batches."""
+    found = {}
+    for at_once in (None, 1):
+        chain = Counting()
+        given = {"beta": BETA, "generator": generator(11), "method": "annealed", "temperatures": 6, "moves": 5}
+        evidence = log_evidence(chain.problem(), 200, at_once=at_once, **{**given, **options})
+        assert evidence.calls == chain.calls
+        found[at_once] = chain.batches
+    assert max(found[None]) == 4 * max(found[1])
+    if "adaptive" not in options:
+        assert 4 * len(found[None]) == len(found[1])
+        assert sum(found[None]) == sum(found[1])
+
+
+def test_swarms_in_a_batch_go_each_its_own_way():
+    """With adaptive steps each takes its own, ends when it is there, and is of the posterior by itself."""
+    chain = Chain()
+    paths = anneal(chain.problem(), 4000, 0.2, generator(12), Schedule(1, 3, 0.7), swarms=5)
+    ways = [tuple(path.inverses) for path in paths]
+    assert len(set(ways)) == 5
+    assert {way[-1] for way in ways} == {5.0}
+    assert all(list(way) == sorted(way) for way in ways)
+    assert all(path.calls == 4000 * (2 + 3 * (len(path.inverses) - 1)) for path in paths)
+    law = chain.law(5.0).softmax(0)
+    for path in paths:
+        assert 0.5 * (chain.shares(path.x) / 4000 - law).abs().sum().item() < 0.1
+    spread = torch.tensor([path.log_evidence for path in paths]).std().item()
+    assert 0.2 < spread / (sum(path.error for path in paths) / 5) < 5.0, "they are independent"
+
+
+def test_a_move_that_makes_one_choice_for_all_its_rows_has_one_swarm_at_a_time():
+    """Such a choice would make swarms dependent, and the error between them too small."""
+    sizes = []
+
+    def move(x, draw):
+        sizes.append(len(x))
+        return torch.where(torch.rand((), generator=draw) < 0.5, x, torch.rand(len(x), generator=draw).double())
+
+    problem = PriorSampler(lambda n, draw: torch.rand(n, generator=draw).double(), lambda x: x, move)
+    log_evidence(problem, 40, beta=0.5, generator=generator(13), method="annealed")
+    assert set(sizes) == {10}
+    sizes.clear()
+    log_evidence(problem, 40, beta=0.5, generator=generator(13), method="annealed", at_once=2)
+    assert set(sizes) == {20}, "unless told otherwise"
+    with pytest.raises(ConfigError, match="at_once"):
+        log_evidence(problem, 40, beta=0.5, generator=generator(13), method="annealed", at_once=0)

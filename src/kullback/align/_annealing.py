@@ -1,9 +1,9 @@
-"""A swarm of samples carried from the prior to the posterior, and what several swarms say together."""
+"""Swarms of samples carried from the prior to the posterior in one batch, and what they say together."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -36,16 +36,17 @@ class Schedule:
         if self.adaptive is not None and not 0.0 < self.adaptive < 1.0:
             raise ConfigError(f"adaptive is a share of the samples, between 0 and 1, got {self.adaptive}")
 
-    def next(self, number: int, now: float, beta: float, scores: Tensor, rewards: Tensor) -> float:
-        """The inverse temperature of step `number`, from 1 on, after `now`."""
+    def next(self, number: int, now: Tensor, beta: float, scores: Tensor, rewards: Tensor) -> Tensor:
+        """Each swarm's inverse temperature [S] at step `number`, from 1 on, after `now` [S]; scores, rewards [S, n]."""
         if self.adaptive is not None:
             return next_inverse(scores, rewards, now=now, last=1.0 / beta, share=self.adaptive)
-        return 1.0 / beta if number == self.temperatures else number / (beta * self.temperatures)
+        return torch.full_like(now, 1.0 / beta if number == self.temperatures else number / (beta * self.temperatures))
 
 
 class Path(NamedTuple):
-    """The samples at the end, log Z with its error inside the swarm, the smallest effective size, the share of moves
-    taken, the calls of the prior; and by step the inverse temperatures and the mean rewards, their errors, variances.
+    """Of one swarm: the samples at the end, log Z with its error inside the swarm, the smallest effective size, the
+    share of moves taken, the calls of the prior; and by step the inverse temperatures and the mean rewards, their
+    errors, variances.
     """
 
     x: Tensor
@@ -60,118 +61,206 @@ class Path(NamedTuple):
     variances: list[float]
 
 
-def next_inverse(scores: Tensor, rewards: Tensor, *, now: float, last: float, share: float) -> float:
+def next_inverse(scores: Tensor, rewards: Tensor, *, now: float | Tensor, last: float, share: float) -> Tensor:
     """The s in (now, last] at which n (sum W w)^2 / sum W w^2 is share n, by bisection; last where it stays above.
 
-    W: weights exp(scores) [n] carried until now, normalised; w = exp((s - now) r).
+    W: weights exp(scores) [..., n] carried until now [...], normalised; w = exp((s - now) r).
     """
-    logs = scores.log_softmax(0)
+    logs = scores.log_softmax(-1)
+    start = torch.as_tensor(now, dtype=logs.dtype, device=logs.device).expand(logs.shape[:-1])
 
-    def kept(inverse: float) -> float:
-        steps = (inverse - now) * rewards
-        return (2.0 * (logs + steps).logsumexp(0) - (logs + 2.0 * steps).logsumexp(0)).exp().item()
+    def kept(inverse: Tensor) -> Tensor:
+        steps = (inverse - start).unsqueeze(-1) * rewards
+        return (2.0 * (logs + steps).logsumexp(-1) - (logs + 2.0 * steps).logsumexp(-1)).exp()
 
-    if kept(last) >= share:
-        return last
-    low, high = now, last
-    for _ in range(60):
+    low, high = start, torch.full_like(start, last)
+    near = kept(high) >= share
+    for _ in range(0 if bool(near.all()) else 60):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if kept(middle) >= share else (low, middle)
-    return high
+        above = kept(middle) >= share
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return torch.where(near, last, high)
 
 
-def anneal(problem: PriorSampler, count: int, beta: float, generator: torch.Generator, schedule: Schedule) -> Path:
-    """One swarm of `count` samples from 1 / b = 0 on; resampled at the end, and before where weights are unequal."""
+@dataclass
+class _Record:
+    """What one swarm has met until now."""
+
+    value: float = 0.0
+    variance: float = 0.0
+    smallest: float = math.inf
+    taken: float = 0.0
+    steps: int = 0
+    calls: int = 0
+    history: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+    def path(self, x: Tensor) -> Path:
+        inverses, means, errors, variances = (list(part) for part in zip(*self.history, strict=True))
+        share, error = self.taken / max(self.steps, 1), math.sqrt(self.variance)
+        return Path(
+            x, self.value, error, self.smallest, share, self.calls, inverses, means, errors, variances
+        )  # fmt: skip
+
+
+class _Swarms:
+    """The swarms of `count` samples that are still on their way, in one batch, each at an inverse temperature of its
+    own; the paths of those that have come to the end.
+    """
+
+    def __init__(self, problem: PriorSampler, count: int, swarms: int, generator: torch.Generator) -> None:
+        self.walkers = Walkers(problem, swarms * count, generator)
+        self.count, self.generator = count, generator
+        self.open = list(range(swarms))
+        self.records = [_Record(smallest=float(count), calls=count) for _ in range(swarms)]
+        self.paths: dict[int, Path] = {}
+        self.inverse = torch.zeros(swarms, dtype=torch.float64, device=self.walkers.rewards.device)
+        self.note(torch.zeros_like(self.rewards))
+
+    @property
+    def rewards(self) -> Tensor:
+        """[S, n]."""
+        return self.walkers.rewards.view(len(self.open), -1)
+
+    def note(self, scores: Tensor) -> None:
+        """Writes down where each swarm is: the moments of its rewards under weights exp(scores)."""
+        found = torch.stack([self.inverse, *_moments(scores, self.rewards)], 1).tolist()
+        for number, values in zip(self.open, found, strict=True):
+            self.records[number].history.append(tuple(values))
+
+    def weigh(self, scores: Tensor, which: Tensor) -> None:
+        """Adds the log of the mean weight [S, n] of the swarms `which` [S] to their evidence."""
+        values = (scores.logsumexp(1) - math.log(scores.shape[1])).tolist()
+        errors, sizes = error_of_log_mean(scores).tolist(), effective_size(scores).tolist()
+        for place, (number, chosen) in enumerate(zip(self.open, which.tolist(), strict=True)):
+            record = self.records[number]
+            record.smallest = min(record.smallest, sizes[place])
+            if chosen:
+                record.value += values[place]
+                record.variance += errors[place] ** 2
+
+    def keep(self, places: Tensor) -> None:
+        """Goes on with the samples at places [S, m] of each swarm's own."""
+        begin = torch.arange(len(places), device=places.device).unsqueeze(1) * self.rewards.shape[1]
+        self.walkers.keep((places + begin).flatten())
+
+    def step(self) -> None:
+        """A move of all, each at its swarm's temperature."""
+        before, rows = self.walkers.calls, self.rewards.shape[1]
+        taken = self.walkers.step(self.inverse.repeat_interleave(rows), self.generator)
+        shares = taken.view(-1, rows).double().mean(1).tolist()
+        for number, share in zip(self.open, shares, strict=True):
+            record = self.records[number]
+            record.taken, record.steps = record.taken + share, record.steps + 1
+            record.calls += (self.walkers.calls - before) // len(self.open)
+
+    def end(self, ended: Tensor) -> Tensor:
+        """Takes the swarms `ended` [S] out of the batch; the places of the others, [S']."""
+        for place, rows in enumerate(self.walkers.x.view(len(self.open), self.count, *self.walkers.x.shape[1:])):
+            if ended[place]:
+                self.paths[self.open[place]] = self.records[self.open[place]].path(rows)
+        left = (~ended).nonzero().squeeze(1)
+        places = torch.arange(len(self.walkers.x), device=left.device).view(len(self.open), -1)[left]
+        self.walkers.keep(places.flatten())
+        self.open, self.inverse = [self.open[place] for place in left.tolist()], self.inverse[left]
+        return left
+
+
+def anneal(
+    problem: PriorSampler, count: int, beta: float, generator: torch.Generator, schedule: Schedule, *, swarms: int = 1
+) -> list[Path]:
+    """Independent swarms of `count` samples from 1 / b = 0 on, in one batch; each is resampled at the end, and before
+    where its weights are unequal.
+    """
     if count < 2:
         raise ConfigError(f"annealing carries two samples in a swarm at least, got {count}")
     if schedule.recycle:
-        return _recycled(problem, count, beta, generator, schedule)
-    swarm = Walkers(problem, count, generator)
-    scores = torch.zeros_like(swarm.rewards)  # log-weights since the last resampling
-    inverses, last, number = [0.0], 1.0 / beta, 0
-    value, variance, smallest, taken = 0.0, 0.0, float(count), 0.0
-    moments = [_moments(scores, swarm.rewards)]
-    while inverses[-1] < last:
+        return _recycled(problem, count, beta, generator, schedule, swarms)
+    found = _Swarms(problem, count, swarms, generator)
+    scores, number = torch.zeros_like(found.rewards), 0  # log-weights since the last resampling
+    while found.open:
         number += 1
-        inverse = schedule.next(number, inverses[-1], beta, scores, swarm.rewards)
-        scores = scores + (inverse - inverses[-1]) * swarm.rewards
-        inverses.append(inverse)
-        size = effective_size(scores)
-        smallest = min(smallest, size)
-        if size < _EVEN * count or inverse >= last:
-            value += (scores.logsumexp(0) - math.log(count)).item()
-            variance += error_of_log_mean(scores) ** 2
-            swarm.keep(systematic_resample(scores.unsqueeze(0), generator=generator)[0])
-            scores = torch.zeros_like(scores)
+        inverse = schedule.next(number, found.inverse, beta, scores, found.rewards)
+        scores = scores + (inverse - found.inverse).unsqueeze(1) * found.rewards
+        found.inverse, ended = inverse, inverse >= 1.0 / beta
+        uneven = ended | (effective_size(scores) < _EVEN * count)
+        found.weigh(scores, uneven)
+        if bool(uneven.any()):
+            places = torch.arange(count, device=scores.device).repeat(len(scores), 1)
+            places[uneven] = systematic_resample(scores[uneven], generator=generator).to(places.device)
+            found.keep(places)
+            scores[uneven] = 0.0
         for _ in range(schedule.moves):
-            taken += swarm.step(inverse, generator)
-        moments.append(_moments(scores, swarm.rewards))
-    means, errors, variances = (list(part) for part in zip(*moments, strict=True))
-    share = taken / max(schedule.moves * number, 1)
-    return Path(
-        swarm.x, value, math.sqrt(variance), smallest, share, swarm.calls, inverses, means, errors, variances
-    )  # fmt: skip
+            found.step()
+        found.note(scores)
+        if bool(ended.any()):
+            scores = scores[found.end(ended)]
+    return [found.paths[place] for place in range(swarms)]
 
 
 def _recycled(
-    problem: PriorSampler, count: int, beta: float, generator: torch.Generator, schedule: Schedule
-) -> Path:
+    problem: PriorSampler, count: int, beta: float, generator: torch.Generator, schedule: Schedule, swarms: int
+) -> list[Path]:
     """As `anneal`, but a few of the samples go on at each step, and all that they pass through are the next samples."""
-    rows = count // (schedule.moves + 1)
-    if not schedule.moves or rows < 1 or rows * (schedule.moves + 1) != count:
+    parts = schedule.moves + 1
+    if parts < 2 or count % parts:
         raise ConfigError(f"recycling takes samples in multiples of 1 + moves, got {count} and {schedule.moves} moves")
-    swarm = Walkers(problem, count, generator)
-    even = torch.zeros_like(swarm.rewards)
-    inverses, last, number, value, variance, smallest, taken = [0.0], 1.0 / beta, 0, 0.0, 0.0, float(count), 0.0
-    moments = [_moments(even, swarm.rewards)]
-    while inverses[-1] < last:
+    found, number = _Swarms(problem, count, swarms, generator), 0
+    while found.open:
         number += 1
-        inverses.append(schedule.next(number, inverses[-1], beta, even, swarm.rewards))
-        scores = (inverses[-1] - inverses[-2]) * swarm.rewards
-        value += (scores.logsumexp(0) - math.log(count)).item()
-        variance += error_of_log_mean(scores) ** 2
-        smallest = min(smallest, effective_size(scores))
-        moments.append(_moments(scores, swarm.rewards))
-        places = systematic_resample(scores.unsqueeze(0), generator=generator)[0]
-        if inverses[-1] >= last:
-            swarm.laws = None
-            swarm.keep(places)
+        inverse = schedule.next(number, found.inverse, beta, torch.zeros_like(found.rewards), found.rewards)
+        scores = (inverse - found.inverse).unsqueeze(1) * found.rewards
+        found.inverse, ended = inverse, inverse >= 1.0 / beta
+        found.weigh(scores, torch.ones_like(ended))
+        found.note(scores)
+        places = systematic_resample(scores, generator=generator).to(scores.device)
+        if bool(ended.any()):
+            places = _ended(found, places, ended)
+        if not found.open:
             break
         # Of a systematic sample in order each (moves + 1)-th, from a random one on, is a systematic one of fewer.
-        first = int(torch.randint(schedule.moves + 1, (), generator=generator, device=generator.device))
-        swarm.laws = None  # those of the last move, not of what was passed through
-        swarm.keep(places[first :: schedule.moves + 1])
-        passed = [(swarm.x, swarm.rewards)]
+        first = torch.randint(parts, (len(places), 1), generator=generator, device=generator.device).to(places.device)
+        found.walkers.laws = None  # those of the last move, not of what was passed through
+        found.keep(places.gather(1, first + torch.arange(0, count, parts, device=places.device)))
+        passed = [(found.walkers.x, found.walkers.rewards)]
         for _ in range(schedule.moves):
-            taken += swarm.step(inverses[-1], generator)
-            passed.append((swarm.x, swarm.rewards))
-        swarm.x, swarm.rewards = (torch.cat(part) for part in zip(*passed, strict=True))
-    means, errors, variances = (list(part) for part in zip(*moments, strict=True))
-    share = taken / max(schedule.moves * (number - 1), 1)
-    return Path(
-        swarm.x, value, math.sqrt(variance), smallest, share, swarm.calls, inverses, means, errors, variances
-    )  # fmt: skip
+            found.step()
+            passed.append((found.walkers.x, found.walkers.rewards))
+        found.walkers.x, found.walkers.rewards = (_side_by_side(part, len(found.open)) for part in zip(*passed, strict=True))
+    return [found.paths[place] for place in range(swarms)]
 
 
-def _moments(scores: Tensor, rewards: Tensor) -> tuple[float, float, float]:
-    """The mean of the rewards under weights exp(scores), its standard error, and their variance."""
-    weights = scores.softmax(0)
-    mean = weights @ rewards
-    squares = (rewards - mean).square()
-    return mean.item(), (weights.square() @ squares).sqrt().item(), (weights @ squares).item()
+def _ended(found: _Swarms, places: Tensor, ended: Tensor) -> Tensor:
+    """Resamples the swarms that have ended and takes them out; the places [S', n] of the others."""
+    found.walkers.laws = None
+    whole = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    found.keep(torch.where(ended.unsqueeze(1), places, whole))
+    return places[found.end(ended)]
 
 
-def effective_size(scores: Tensor) -> float:
-    """(sum w)^2 / sum w^2 of weights exp(scores) [n]."""
-    return (2.0 * scores.logsumexp(0) - (2.0 * scores).logsumexp(0)).exp().item()
+def _side_by_side(parts: tuple[Tensor, ...], swarms: int) -> Tensor:
+    """Parts [S m, ...] of the same swarms as one [S k m, ...], each swarm's together."""
+    return torch.cat([part.view(swarms, -1, *part.shape[1:]) for part in parts], 1).flatten(0, 1)
 
 
-def error_of_log_mean(scores: Tensor) -> float:
-    """The standard error of log mean exp(scores [n]), to first order."""
-    if len(scores) < 2:
-        return math.inf
-    weights = (scores - scores.max()).exp()
-    return (weights.std() / weights.mean()).item() / math.sqrt(len(scores))
+def _moments(scores: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of the rewards [S, n] under weights exp(scores), its standard error, and their variance, [S] each."""
+    weights = scores.softmax(1)
+    mean = torch.linalg.vecdot(weights, rewards)
+    squares = (rewards - mean.unsqueeze(1)).square()
+    return mean, torch.linalg.vecdot(weights.square(), squares).sqrt(), torch.linalg.vecdot(weights, squares)
+
+
+def effective_size(scores: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2 of weights exp(scores), [..., n] to [...]."""
+    return (2.0 * scores.logsumexp(-1) - (2.0 * scores).logsumexp(-1)).exp()
+
+
+def error_of_log_mean(scores: Tensor) -> Tensor:
+    """The standard error of log mean exp(scores [..., n]), to first order; inf for one alone."""
+    if scores.shape[-1] < 2:
+        return torch.full_like(scores[..., 0], math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights.std(-1) / weights.mean(-1) / math.sqrt(scores.shape[-1])
 
 
 def jackknife_log_mean(values: Tensor) -> tuple[float, float]:

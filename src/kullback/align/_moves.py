@@ -148,8 +148,8 @@ class Walkers:
         self.x, self.rewards = self.x[places], self.rewards[places]
         self.laws = None if self.laws is None else self.laws[places]
 
-    def step(self, inverse: float, generator: torch.Generator) -> float:
-        """A move that leaves a exp(inverse r) in place; the share of proposals that were taken."""
+    def step(self, inverse: float | Tensor, generator: torch.Generator) -> Tensor:
+        """A move that leaves a exp(inverse r) in place, inverse one or [n]; which proposals were taken, [n] bool."""
         move, laws = self.problem.move, None
         if isinstance(move, TokenMove):
             if self.laws is None:
@@ -170,4 +170,4 @@ class Walkers:
         if laws is not None and self.laws is not None:
             self.laws = choose(laws, self.laws)
         self.x, self.rewards = choose(proposed, self.x), choose(found, self.rewards)
-        return taken.double().mean().item()
+        return taken

@@ -79,6 +79,7 @@ def log_evidence(
     adaptive: float | None = None,
     recycle: bool = False,
     swarms: int = 4,
+    at_once: int | None = None,
 ) -> Evidence:
     """log Z from `count` samples; annealed and thermodynamic carry as many, in so many independent swarms.
 
@@ -86,7 +87,8 @@ def log_evidence(
     that conditional effective size, as a share of a swarm (0.9 is careful, 0.5 quick), as many as it takes. Adaptive
     steps depend on the samples, and Z is then not quite unbiased. recycle: every state that the moves pass through is
     one of the samples (waste-free), so that count / (1 + moves) of them go on at each temperature; best with many moves
-    and few temperatures.
+    and few temperatures. at_once: swarms that share a batch, all by default; fewer take less memory. A move of one's
+    own may make one choice for all its rows, and then has one swarm at a time, since swarms would not be independent.
     The standard error is that between swarms, or that inside of them where it is larger. Of one swarm it is the one
     inside, which takes moves to forget where they came from: with too few of them, or moves that go nowhere, it is too
     small. Warns when the effective size is below a hundredth of the samples. Raises ConfigError, DataError.
@@ -96,13 +98,13 @@ def log_evidence(
     if method == "importance":
         scores = problem.rewards(problem.sample(count, generator)) / beta
         value = (scores.logsumexp(0) - math.log(count)).item()
-        found = Evidence(value, error_of_log_mean(scores), effective_size(scores), count)
+        found = Evidence(value, error_of_log_mean(scores).item(), effective_size(scores).item(), count)
     elif method in ("annealed", "thermodynamic"):
         if method == "thermodynamic" and adaptive is None and temperatures % 2:
             raise ConfigError(f"Simpson's rule takes an even number of temperatures, got {temperatures}")
         if swarms < 1 or count % swarms or count < 2 * swarms:
             raise ConfigError(f"swarms share {count} samples evenly, two each at least, got {swarms} swarms")
-        paths = [anneal(problem, count // swarms, beta, generator, schedule) for _ in range(swarms)]
+        paths = _anneal_all(problem, count // swarms, beta, generator, schedule, swarms, at_once)
         found = _together(paths) if method == "annealed" else _thermodynamic(paths, equal=adaptive is None)
     else:
         raise ConfigError(f"method is importance, annealed or thermodynamic, not {method!r}")
@@ -133,12 +135,12 @@ def posterior_sample(
     _check(count, beta)
     zeros = torch.zeros(count, dtype=torch.float64)
     if method == "annealed":
-        path = anneal(problem, count, beta, generator, Schedule(temperatures, moves, adaptive, recycle))
+        path = anneal(problem, count, beta, generator, Schedule(temperatures, moves, adaptive, recycle))[0]
         return PosteriorSamples(path.x, zeros, path.acceptance, path.effective_size)
     if method == "metropolis":
         chains = Walkers(problem, count, generator)
-        taken = sum(chains.step(1.0 / beta, generator) for _ in range(steps)) / max(steps, 1)
-        return PosteriorSamples(chains.x, zeros, taken, float(count))
+        taken = sum(chains.step(1.0 / beta, generator).double().mean().item() for _ in range(steps))
+        return PosteriorSamples(chains.x, zeros, taken / max(steps, 1), float(count))
     x = problem.sample(count, generator)
     rewards = problem.rewards(x)
     if method == "rejection":
@@ -147,7 +149,7 @@ def posterior_sample(
         raise ConfigError(f"method is rejection, resampling, metropolis or annealed, not {method!r}")
     scores = rewards / beta
     places = torch.multinomial(scores.softmax(0), count, replacement=True, generator=generator)
-    size = effective_size(scores)
+    size = effective_size(scores).item()
     _warn("the samples rest", size, count)
     return PosteriorSamples(x[places], zeros, 1.0, size)
 
@@ -163,6 +165,27 @@ def _rejection(
     kept = torch.rand(len(x), generator=generator, dtype=torch.float64) < chance
     zeros = torch.zeros(int(kept.sum()), dtype=torch.float64)
     return PosteriorSamples(x[kept], zeros, kept.double().mean().item(), float(kept.sum()))
+
+
+def _anneal_all(
+    problem: PriorSampler,
+    count: int,
+    beta: float,
+    generator: torch.Generator,
+    schedule: Schedule,
+    swarms: int,
+    at_once: int | None,
+) -> list[Path]:
+    """All swarms, so many in a batch."""
+    rows_alone = problem.move is None or isinstance(problem.move, TokenMove)
+    size = at_once if at_once is not None else swarms if rows_alone else 1
+    if size < 1:
+        raise ConfigError(f"at_once is a number of swarms from 1, got {at_once}")
+    paths: list[Path] = []
+    while len(paths) < swarms:
+        together = min(size, swarms - len(paths))
+        paths += anneal(problem, count, beta, generator, schedule, swarms=together)
+    return paths
 
 
 def _together(paths: list[Path]) -> Evidence:

@@ -79,15 +79,17 @@ def twisted_smc(
         token, gained, after = step(next_laws, log_twists, x, generator)
         scores = scores + (gained - before).view(swarms, size)
         x, before = torch.cat([x, token.unsqueeze(1)], 1), after
-        for swarm in range(swarms):
-            left = effective_size(scores[swarm])
-            smallest[swarm] = min(smallest[swarm].item(), left)
-            if left < resample * size or place == length - 1:
-                value[swarm] += scores[swarm].logsumexp(0) - math.log(size)
-                inside[swarm] += error_of_log_mean(scores[swarm]) ** 2
-                own = swarm * size + systematic_resample(scores[swarm : swarm + 1], generator=generator)[0]
-                held = slice(swarm * size, (swarm + 1) * size)
-                x[held], before[held], scores[swarm] = x[own], before[own], 0.0
+        left = effective_size(scores)
+        smallest = smallest.minimum(left)
+        uneven = (left < resample * size) | (place == length - 1)
+        if bool(uneven.any()):
+            value[uneven] += scores[uneven].logsumexp(1) - math.log(size)
+            inside[uneven] += error_of_log_mean(scores[uneven]).square()
+            places = torch.arange(count, device=x.device).view(swarms, size)
+            chosen = systematic_resample(scores[uneven], generator=generator).to(x.device)
+            places[uneven] = places[uneven].gather(1, chosen)
+            x, before = x[places.flatten()], before[places.flatten()]
+            scores[uneven] = 0.0
     found, between = jackknife_log_mean(value.cpu())
     error = (value.softmax(0) * inside.sqrt()).norm().item()
     evidence = Evidence(found, error if swarms == 1 else max(error, between), smallest.sum().item(), count * length)
