@@ -225,7 +225,8 @@ def _recycled(
         for _ in range(schedule.moves):
             found.step()
             passed.append((found.walkers.x, found.walkers.rewards))
-        found.walkers.x, found.walkers.rewards = (_side_by_side(part, len(found.open)) for part in zip(*passed, strict=True))
+        whole = (_side_by_side(part, len(found.open)) for part in zip(*passed, strict=True))
+        found.walkers.x, found.walkers.rewards = whole
     return [found.paths[place] for place in range(swarms)]
 
 
