@@ -2,15 +2,18 @@
 
 from kullback.decode.ancestral import Drawn, draw_tokens
 from kullback.decode.backspace import backspace_layout, block_mask, generate_with_backspace, inject_noise
+from kullback.decode.contrastive import ContrastiveSearch, contrastive_search
 from kullback.decode.mixture import GeometricMixture
 from kullback.decode.served import ServedSampler
 
 __all__ = [
+    "ContrastiveSearch",
     "Drawn",
     "GeometricMixture",
     "ServedSampler",
     "backspace_layout",
     "block_mask",
+    "contrastive_search",
     "draw_tokens",
     "generate_with_backspace",
     "inject_noise",

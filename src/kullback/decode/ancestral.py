@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, ShapeError
 
-__all__ = ["Drawn", "draw_tokens"]
+__all__ = ["Drawn", "check_prompts", "draw_tokens"]
 
 
 class Drawn(NamedTuple):
@@ -120,13 +120,10 @@ def _forward(
     return out.logits, {name: out[name]}
 
 
-def _check(ids: Tensor, mask: Tensor | None, count: int, temperature: float, group: int) -> None:
+def check_prompts(ids: Tensor, mask: Tensor | None) -> None:
+    """Raises ShapeError unless prompts are [N, P], and a mask alike that has padding on the left only."""
     if ids.ndim != 2 or 0 in ids.shape:
         raise ShapeError(f"prompts are [N, P] with a token each at least, got {tuple(ids.shape)}")
-    if count < 1 or group < 1:
-        raise ConfigError(f"count and group are 1 or more, got {count} and {group}")
-    if not temperature > 0:
-        raise ConfigError(f"temperature must be > 0, got {temperature}")
     if mask is None:
         return
     if mask.shape != ids.shape:
@@ -134,3 +131,11 @@ def _check(ids: Tensor, mask: Tensor | None, count: int, temperature: float, gro
     held = mask.bool()
     if not held[:, -1].all() or (held[:, :-1] & ~held[:, 1:]).any():
         raise ShapeError("prompts are padded on the left only, so that each ends where its continuation begins")
+
+
+def _check(ids: Tensor, mask: Tensor | None, count: int, temperature: float, group: int) -> None:
+    check_prompts(ids, mask)
+    if count < 1 or group < 1:
+        raise ConfigError(f"count and group are 1 or more, got {count} and {group}")
+    if not temperature > 0:
+        raise ConfigError(f"temperature must be > 0, got {temperature}")
