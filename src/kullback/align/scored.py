@@ -24,8 +24,8 @@ class ScoredRollouts:
     prompts: token ids of each, texts: the same as text; columns: further fields of the data by name, one value a
     prompt; length: completion tokens at most; decode: ids to text; seconds: what one call of the reward may take;
     on_error: None lets a RewardError through, a function is told of it and all rewards of that call are 0; told: a
-    function that hears of the rewards of each call that did not fail; server: draws the completions in the model's
-    place, at temperature 1, and they have the log-probabilities of its policy.
+    function that hears of the rewards of each call that did not fail; seen: one that sees all completions; server:
+    draws them in the model's place, at temperature 1, and they have the log-probabilities of its policy.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -43,6 +43,7 @@ class ScoredRollouts:
     name: str | None = None
     on_error: Callable[[RewardError], None] | None = None
     told: Callable[[Tensor], None] | None = None
+    seen: Callable[[Rollouts], None] | None = None
     server: ServedSampler | None = None
 
     def __len__(self) -> int:
@@ -74,6 +75,8 @@ class ScoredRollouts:
 
     def rewards(self, rollouts: Rollouts, **more: Sequence[Any]) -> Tensor:
         """The rewards [B] of completions of these prompts; more: columns of the completions' own."""
+        if self.seen is not None:
+            self.seen(rollouts)
         rows, texts = rollouts.prompt_index.tolist(), list(rollouts.texts or ())
         columns = {name: [column[i] for i in rows] for name, column in self.columns.items()} | more
         try:

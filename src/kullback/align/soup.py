@@ -15,18 +15,19 @@ Shapes: log-probabilities and rewards [..., N], in nats. Source: arXiv 2411.0179
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kullback.align._shards import Shards, open_shards
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.files import atomic_directory
+from kullback.models.adapters import check_one_base
 
 __all__ = [
     "Connectivity",
@@ -48,7 +49,8 @@ def soup_state_dict(
     """The weighted mean of models' tensors, taken in dtype at least and cast back; equal weights by default.
 
     Tensors of whole numbers must be equal and are copied; a tensor that a state dict holds twice (tied weights) stays
-    one. Raises ShapeError for other names or shapes, ConfigError for weights that do not sum to one.
+    one. Raises ShapeError for other names or shapes, ConfigError for weights that do not sum to one, and for adapters
+    that are not merged: the average of A and that of B do not give that of B A.
 
     >>> soup_state_dict([{"a": torch.tensor([1.0])}, {"a": torch.tensor([3.0])}], [0.25, 0.75])
     {'a': tensor([2.5000])}
@@ -89,6 +91,9 @@ def _weights(count: int, weights: Sequence[float] | None) -> list[float]:
 
 
 def _check_alike(first: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> None:
+    for name in first:
+        if ".lora_" in name:
+            raise ConfigError(f"{name} is part of an adapter, and averages of parts are none of models: merge it first")
     for other in others:
         differ = sorted(first.keys() ^ other.keys())
         if differ:
@@ -102,72 +107,42 @@ def _check_alike(first: Mapping[str, Tensor], others: Sequence[Mapping[str, Tens
 def soup(folders: Sequence[str | Path], weights: Sequence[float] | None = None, *, save_to: str | Path) -> Path:
     """The soup of model directories as a directory of its own, shard by shard: never a whole model is held.
 
-    The directories are ones of transformers with safetensors; all but the weights is copied from the first. Raises
-    DataError for a directory without safetensors or one that is there already, ShapeError for models or vocabularies
-    that differ, ConfigError for weights.
+    The directories are ones of transformers with safetensors, or of LoRA adapters of one model, each of which counts as
+    that model with its adapter merged in: what is averaged are the products B A, never A and B. All but the weights is
+    copied from the first. Raises DataError for a directory without safetensors or one that is there already, ShapeError
+    for models or vocabularies that differ, ConfigError for weights, and for adapters of different models.
     """
     from safetensors.torch import save_file
 
     places, target = [Path(folder) for folder in folders], Path(save_to)
     shares = _weights(len(places), weights)
-    shards = [_Shards(place) for place in places]
+    check_one_base(places)
+    shards = [open_shards(place) for place in places]
     _check_alike_names(shards)
     if target.exists():
         raise DataError(f"{target} is there already: name another directory for the soup")
     with atomic_directory(target) as out:
-        for path in sorted(places[0].iterdir()):
+        for path in sorted(shards[0].folder.iterdir()):
             if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt"):
                 shutil.copy2(path, out / path.name)
         for file, names in shards[0].files.items():
             averaged = {}
             for name in names:
-                parts = [shard.read(name) for shard in shards]
+                parts, kept = zip(*(shard.read(name) for shard in shards), strict=True)
                 if any(part.shape != parts[0].shape for part in parts):
                     raise ShapeError(f"{name} has another shape in one model: average models of one architecture")
-                averaged[name] = _average(name, parts, shares, torch.float32)
+                averaged[name] = _average(name, parts, shares, torch.float32).to(kept[0])
             save_file(averaged, out / file, metadata={"format": "pt"})
     return target
 
 
-class _Shards:
-    """The tensors of a model directory, by name, read one by one."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.folder = folder
-        self.files: dict[str, list[str]] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                self.files.setdefault(file, []).append(name)
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                self.files["model.safetensors"] = list(file.keys())
-        else:
-            raise DataError(f"{folder} has no model.safetensors: name a directory made by save_pretrained")
-        self._place = {name: file for file, names in self.files.items() for name in names}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
-
-    def read(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        # Opened for each tensor, so that the pages of those before do not stay in memory.
-        with safe_open(self.folder / self._place[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
-def _check_alike_names(shards: Sequence[_Shards]) -> None:
+def _check_alike_names(shards: Sequence[Shards]) -> None:
     first = set(shards[0])
     for other in shards[1:]:
         differ = sorted(first ^ set(other))
         if differ:
             raise ShapeError(
-                f"the models differ in their tensors, as {differ[0]}: average models of one architecture, each with "
-                "its adapters merged in"
+                f"the models differ in their tensors, as {differ[0]}: average models of one architecture"
             )
 
 

@@ -87,6 +87,8 @@ def _show_report(folder: Path, *, as_json: bool) -> None:
         "Validation prompts; KL in nats a completion, entropy in nats a token; [95% interval over prompts], or ± the "
         "standard error; over seeds ± is the standard deviation."
     )
+    for note in report.get("notes", []):
+        typer.echo(f"  note: {note}.")
     for name in report["written"]:
         typer.echo(f"  {folder / name}")
 

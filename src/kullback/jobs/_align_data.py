@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from kullback.align._hf import collate_completions
 from kullback.core.errors import DataError
 from kullback.data.arithmetic import sum_examples
 from kullback.data.examples import Example, Wanted, read_examples, split_examples
+from kullback.jobs._align_cuts import Cuts, lengths_over
 
 if TYPE_CHECKING:
     from kullback.jobs.align import ExampleConfig
@@ -24,13 +26,15 @@ _WANTED: dict[str, Wanted] = {"online": "prompt", "completion": "completion", "p
 class Examples:
     """Tokenised examples, all lists as long: prompts, their texts, and the completions of the kind that is wanted.
 
-    completions: none, one list (of completions) or two (chosen and rejected); columns: the other fields of the data.
+    completions: none, one list (of completions) or two (chosen and rejected); columns: the other fields of the data;
+    cuts: what was too long.
     """
 
     prompts: list[list[int]]
     texts: list[str]
     completions: tuple[list[list[int]], ...] = ()
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    cuts: Cuts = field(default_factory=Cuts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -79,23 +83,30 @@ def _tokenised(examples: list[Example], kind: str, config: ExampleConfig, tokeni
         ids = tokenizer(example.prompt, add_special_tokens=not example.chat).input_ids
         if not ids:
             raise DataError(f"the prompt {example.prompt[:40]!r} has no token in this tokenizer")
-        prompts.append(ids[-config.prompt_length :])
+        prompts.append(list(ids))
     sides: dict[str, tuple[str, ...]] = {"pair": ("chosen", "rejected"), "completion": ("completion",), "online": ()}
-    completions = tuple(
-        [_completion(getattr(example, side), config.length, tokenizer) for example in examples] for side in sides[kind]
-    )
+    completions = [[_completion(getattr(example, side), tokenizer) for example in examples] for side in sides[kind]]
+    short = tuple([ids[: config.length] for ids in side] for side in completions)
     names = {name: None for example in examples for name in example.others}
-    columns = {name: [example.others.get(name) for example in examples] for name in names}
-    texts = [example.prompt for example in examples]
-    return Examples(prompts=prompts, texts=texts, completions=completions, columns=columns)
+    return Examples(
+        prompts=[ids[-config.prompt_length :] for ids in prompts],
+        texts=[example.prompt for example in examples],
+        completions=short,
+        columns={name: [example.others.get(name) for example in examples] for name in names},
+        cuts=Cuts(
+            prompts=lengths_over(prompts, config.prompt_length),
+            completions=lengths_over(chain(*completions), config.length),
+            alike=sum(one == other for one, other in zip(*short, strict=True)) if kind == "pair" else 0,
+        ),
+    )
 
 
-def _completion(text: str, length: int, tokenizer: Any) -> list[int]:
-    """The tokens of a completion with an end token, cut to length."""
+def _completion(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a completion with an end token."""
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
-    return ids[:length]
+    return ids
 
 
 def collator(filler: int) -> Any:

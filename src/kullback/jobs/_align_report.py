@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kullback.core.files import atomic_write
 from kullback.figures import figure
+from kullback.jobs._align_cuts import said_of_rollouts
 from kullback.jobs._align_validation import METRICS
 from kullback.jobs._models import load_model
 from kullback.jobs._report import curves_csv, evaluations, keep_model, mean_row, part_events, part_reports
@@ -35,7 +36,10 @@ def write_report(work: Alignment) -> None:
     _draw(work.run.figure("curves"), curves)
     atomic_write(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in _samples(work)))
     written = ["model", "report.json", "samples.jsonl", "curves.csv", "figures/curves.svg"]
-    work.run.report({"rows": rows, "parts": reports, "k": work.config.sampling.validation, "written": written})
+    notes = work.cuts() + said_of_rollouts(curves, rows[-1].get("finished"), work.config.data.length)
+    work.run.report(
+        {"rows": rows, "parts": reports, "k": work.config.sampling.validation, "notes": notes, "written": written}
+    )
 
 
 def _samples(work: Alignment) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from kullback.align.soup import soup_state_dict
 from kullback.core.errors import ConfigError, RewardError
 from kullback.core.runs import Run
 from kullback.decode.served import ServedSampler
+from kullback.jobs._align_cuts import CutRollouts, said_of_examples
 from kullback.jobs._align_data import Examples, collator, read_split
 from kullback.jobs._align_methods import chosen_method
 from kullback.jobs._align_rehearsal import rehearsed
@@ -29,6 +30,7 @@ from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, lo
 from kullback.jobs._parts import processes, quiet_elsewhere, removed_on_error, start_run, train_part
 from kullback.jobs._training import Listener, LoraSettings, TrainingConfig, training_arguments
 from kullback.jobs.align import AlignConfig, MethodConfig, RewardConfig, SamplingConfig, check
+from kullback.models.adapters import check_one_base
 
 __all__ = ["Alignment", "Part"]
 
@@ -75,11 +77,14 @@ class Alignment:
         self.reward = chosen_reward(config.reward, needed=self.kind == "online")
         training, validation = read_split(config.data, self.kind, self.tokenizer)
         self.reward_columns(training)
-        self.policy(config.seeds[0])  # so that what is wrong with it is said before anything is written
         self.examples, self.validation_examples = training, validation
+        # So that what is wrong with the model is said before anything is written.
+        self._check_positions(self.policy(config.seeds[0]))
         self.reference_model = self._reference_model()
         self.server = ServedSampler(config.sampling.server) if config.sampling.server else None
         self.run = start_run(self.state, out, config, kind="align", resume=resume)
+        for text in self.cuts():
+            self._note(self.run, "cut", text)
         with removed_on_error(out if fresh and self.state.is_main_process else None):
             self.validation = Validation(self, validation)
 
@@ -95,6 +100,10 @@ class Alignment:
             )
             for seed in config.seeds
         ]  # fmt: skip
+
+    def cuts(self) -> list[str]:
+        """What of the examples is too long, in sentences."""
+        return said_of_examples([self.examples, self.validation_examples], self.config.data)
 
     def train(self, part: Part) -> None:
         """Train one part to its end, from its latest checkpoint; a part that is finished is left as it is."""
@@ -161,6 +170,7 @@ class Alignment:
             self.rollouts(self.examples, self.reward_failed(run)),
             server=self.server,
             told=EqualRewards(lambda text: self._note(run, "reward_equal", text)),
+            seen=CutRollouts(self.config.data.length, lambda text: self._note(run, "cut", text)),
         )
         if not sampling.filter:
             return source
@@ -235,6 +245,17 @@ class Alignment:
         if sampling.server and getattr(method, "proposal", "online") == "offline":
             raise ConfigError("a server draws the completions, and proposal offline would too: leave one of them out")
 
+    def _check_positions(self, model: Any) -> None:
+        """Whether the longest prompt and a completion after it have a place in the model."""
+        places = getattr(model.config, "max_position_embeddings", None)
+        prompt = max(len(ids) for part in (self.examples, self.validation_examples) for ids in part.prompts)
+        length = self.config.data.length
+        if places is not None and prompt + length > places:
+            raise ConfigError(
+                f"the longest prompt has {prompt} tokens and data.length allows {length} more, and the model has "
+                f"{places} positions: lower data.prompt_length or data.length so that they come to no more"
+            )
+
     def _folder(self) -> str:
         if self.config.model:
             return self.config.model
@@ -252,6 +273,7 @@ class Alignment:
         for folder in folders:
             tokenizer = load_tokenizer(folder, role="reference")
             check_same_tokenizer(tokenizer, self.tokenizer, roles=("reference", "model"))
+        check_one_base(folders)
         models = [load_model(folder, role="reference") for folder in folders]
         if len(models) > 1:
             mixed = soup_state_dict([m.state_dict() for m in models], self.config.reference_weights or None)

@@ -12,6 +12,7 @@ import torch
 
 from kullback.core.errors import ConfigError, DataError, MissingExtra, ShapeError
 from kullback.core.rng import generator
+from kullback.models.adapters import adapter_base
 
 __all__ = [
     "add_lora",
@@ -40,13 +41,17 @@ def without_bars() -> Iterator[None]:
 
 def load_model(folder: str | Path, *, role: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """The causal language model of a Hugging Face directory; fresh weights from `seed` where it has a config.json
-    alone.
+    alone; the directory of an adapter is the model that it adapts, with the adapter merged in.
 
-    Raises DataError when the directory is missing, is no model, is damaged, or holds weights that are not finite.
+    Raises DataError when the directory is missing, is no model, is damaged, or holds weights that are not finite, and
+    MissingExtra for an adapter without peft.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = _directory(folder, role)
+    base = adapter_base(path)
+    if base is not None:
+        return _adapted(path, load_model(base, role=f"the base of {role}", dtype=dtype, seed=seed), role)
     if not (path / "config.json").is_file():
         raise DataError(f"{role} {path} has no config.json: name a directory made by save_pretrained")
     try:
@@ -62,11 +67,30 @@ def load_model(folder: str | Path, *, role: str, dtype: torch.dtype = torch.floa
     return model
 
 
+def _adapted(path: Path, model: Any, role: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtra("peft", extra="lora") from error
+    try:
+        found = merged(PeftModel.from_pretrained(model, str(path)))
+    except Exception as error:  # peft, torch and safetensors each have their own
+        raise DataError(f"{role} {path} is an adapter that does not fit its model: {_sentence(error)}") from error
+    check_weights(found, role=f"{role} {path}")
+    return found.requires_grad_(True)  # peft has frozen it
+
+
 def load_tokenizer(folder: str | Path, *, role: str) -> Any:
-    """The tokenizer of a model directory, with an end-of-text token. Raises DataError when there is none."""
+    """The tokenizer of a model directory, with an end-of-text token. Raises DataError when there is none.
+
+    That of an adapter which has none of its own is the one of the model that it adapts.
+    """
     from transformers import AutoTokenizer
 
     path = _directory(folder, role)
+    base = None if (path / "tokenizer_config.json").is_file() else adapter_base(path)
+    if base is not None:
+        return load_tokenizer(base, role=f"the base of {role}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
