@@ -167,7 +167,7 @@ def test_the_objective_of_a_language_model(generator):
     assert 0.0 < bdkd_objective(cross_entropy=0.0).loss(coarse, student, labels).item() != whole.item()
     soft = bdkd_objective(mode="bdkd_soft", width=0.2, cross_entropy=0.0)
     assert soft.loss(TeacherOutput(logits=teacher), student, labels).item() != pytest.approx(whole.item(), rel=1e-6)
-    for wrong in ({"delta": 0.0}, {"mode": "bdkd_soft"}, {"gate": "label"}, {"gate_temperature": 0.0}, {"width": 1.0}):
+    for wrong in ({"delta": 0.0}, {"mode": "bdkd_soft"}, {"gate": "labels"}, {"gate_temperature": 0.0}, {"width": 1.0}):
         with pytest.raises(ConfigError):
             bdkd_objective(**wrong)
 

@@ -13,6 +13,7 @@ from kullback.core.errors import ConfigError, DataError
 from kullback.core.rng import generator
 from kullback.core.types import TeacherOutput
 from kullback.distill._hf import LiveTeacher
+from kullback.distill.bd_kd_objective import bdkd_objective
 from kullback.distill.objective import Objective
 from kullback.distill.pld import pld_objective
 from kullback.distill.served import ServedTeacher
@@ -108,28 +109,39 @@ def test_damage_and_emptiness_are_said(model, blocks, tmp_path):
         CachedTeacher(tmp_path / "cache")
 
 
-def test_a_cache_of_the_first_format_is_read_and_has_no_labels(model, blocks, tmp_path):
+def test_older_formats_are_read_with_what_they_have(model, blocks, tmp_path):
     write(model, blocks, tmp_path / "cache", drawn=2)
-    for path in (tmp_path / "cache").glob("*.safetensors"):
-        save_file({name: x for name, x in load_file(path).items() if name != "label_log_probs"}, path)
     index = tmp_path / "cache" / "teacher-cache.json"
     written = json.loads(index.read_text())
     ids = torch.stack([block["input_ids"] for block in blocks])
-    for version in (2, 1):
+    for version, without in (2, "entropy"), (1, "label_log_probs"):
+        for path in (tmp_path / "cache").glob("*.safetensors"):
+            save_file({name: x for name, x in load_file(path).items() if name != without}, path)
+        index.write_text(json.dumps({**written, "format": version + 1}))
+        with pytest.raises(DataError, match="damaged"):
+            CachedTeacher(tmp_path / "cache")(ids, ids)
         index.write_text(json.dumps({**written, "format": version}))
         teacher = CachedTeacher(tmp_path / "cache")
-        assert teacher.has_labels == (version == 2)
-        if version == 2:
-            with pytest.raises(DataError, match="damaged"):
-                teacher(ids, ids)
-    said = teacher(ids, ids)
-    assert said.label_log_probs is None
+        assert (teacher.has_labels, teacher.has_entropy) == (version == 2, False)
+        said = teacher(ids, ids)
+        assert (said.label_log_probs is None, said.entropy is None) == (version == 1, True)
+        assert math.isfinite(bdkd_objective().loss(said, torch.zeros(7, T, V), ids))
     assert math.isfinite(Objective(divergence=kl, cross_entropy=0.2).loss(said, torch.zeros(7, T, V), ids))
     with pytest.raises(ConfigError, match="how probable the teacher finds the label"):
         pld_objective().loss(said, torch.zeros(7, T, V), ids)
-    index.write_text(json.dumps({**written, "format": 3}))
-    with pytest.raises(DataError, match="of format 3, and this version reads up to 2"):
+    with pytest.raises(ConfigError, match="how probable the teacher finds the next token"):
+        bdkd_objective(gate="label").loss(said, torch.zeros(7, T, V), ids)
+    index.write_text(json.dumps({**written, "format": 4}))
+    with pytest.raises(DataError, match="of format 4, and this version reads up to 3"):
         CachedTeacher(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_entropy_is_that_of_the_whole_distribution_at_temperature_one(model, blocks, tmp_path, temperature):
+    write(model, blocks, tmp_path / "cache", temperature=temperature)
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    said, log_p = CachedTeacher(tmp_path / "cache", temperature=temperature)(ids, ids), log_probs(model, ids)
+    torch.testing.assert_close(said.entropy, -(log_p.exp() * log_p).sum(-1), atol=2e-6, rtol=0)
 
 
 def test_pld_from_a_cache_is_that_of_the_live_teacher(model, blocks, tmp_path, generator):

@@ -66,7 +66,8 @@ class TeacherOutput(NamedTuple):
     logits [B, T, V]; or hidden [B, T, H] with the head's weight [V, H] and bias [V], so that logits need never be held;
     or top_ids [B, T, K] with top_log_probs [B, T, K], the K most likely tokens, and tail_log_prob [B, T], the logarithm
     of all the mass that they leave, where wanted with tail_ids [B, T, M] and tail_log_probs [B, T, M], tokens drawn
-    from that rest, with replacement, and label_log_probs [B, T] of the token that comes next, kept or not.
+    from that rest, with replacement, label_log_probs [B, T] of the token that comes next, kept or not, and entropy
+    [B, T] of the whole distribution in nats, at temperature 1 whatever that of the probabilities is.
     """
 
     logits: Tensor | None = None
@@ -79,6 +80,7 @@ class TeacherOutput(NamedTuple):
     tail_ids: Tensor | None = None
     tail_log_probs: Tensor | None = None
     label_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class Teacher(Protocol):

@@ -7,10 +7,10 @@ from kullback.distill.bd_kd import (
     BalanceWeights,
     balanced_kl,
     bdkd_loss,
-    bdkd_objective,
     bdkd_teacher_loss,
     bdkd_weights,
 )
+from kullback.distill.bd_kd_objective import BalancedKL, bdkd_objective
 from kullback.distill.bottleneck import CSIBLoss, fgsm, pgd
 from kullback.distill.bottleneck_bounds import generalisation_proxy, independence_criterion, robustness_bound
 from kullback.distill.didi import grouped_advantages, two_step_trajectory
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BalanceWeights",
+    "BalancedKL",
     "CMIMeter",
     "CSIBLoss",
     "CSIBRegressor",

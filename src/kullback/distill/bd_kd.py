@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -27,13 +26,12 @@ from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.reduce import masked_mean
-from kullback.core.types import Divergence
-from kullback.distill.objective import Objective
 from kullback.divergences import from_logits, kl, reverse_kl
 from kullback.divergences.fused import check_pair
 
 __all__ = [
-    "BalanceWeights", "Gate", "Mode", "balanced_kl", "bdkd_loss", "bdkd_objective", "bdkd_teacher_loss", "bdkd_weights",
+    "BalanceWeights", "Gate", "GateRule", "Mode", "balanced_kl", "balanced_rows", "bdkd_loss", "bdkd_teacher_loss",
+    "bdkd_weights", "certainty", "gate_rule", "weights_of_gap",
 ]  # fmt: skip
 
 Mode = Literal["bdkd", "bdkd_inverse", "bdkd_soft", "jeffreys", "reverse", "dml"]
@@ -48,8 +46,8 @@ class BalanceWeights(NamedTuple):
     reverse: Tensor
 
 
-class _Rule(NamedTuple):
-    """How the weights come from the gap."""
+class GateRule(NamedTuple):
+    """How the weights come from the gap; gate and power say between what the gap is taken."""
 
     mode: Mode
     delta: float
@@ -58,7 +56,8 @@ class _Rule(NamedTuple):
     width: float | None
 
 
-def _rule(mode: Mode, delta: float, gate: Gate, power: float, width: float | None) -> _Rule:
+def gate_rule(mode: Mode, delta: float, gate: Gate, power: float, width: float | None) -> GateRule:
+    """The rule of some options, or ConfigError for one that is out of range."""
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}")
     if gate not in get_args(Gate):
@@ -71,7 +70,7 @@ def _rule(mode: Mode, delta: float, gate: Gate, power: float, width: float | Non
         raise ConfigError('mode="bdkd_soft" and width go together: width is the gap, in nats, at which the gate opens')
     if width is not None and not width > 0.0:
         raise ConfigError(f"width is the scale of a smooth gate and must be positive, got {width}")
-    return _Rule(mode, float(delta), gate, float(power), width)
+    return GateRule(mode, float(delta), gate, float(power), width)
 
 
 # --- the gate
@@ -106,7 +105,7 @@ def _power(side: _Side, power: float) -> Tensor:
     return side.exponent.mul(power).exp_()
 
 
-def _certainty(side: _Side, rule: _Rule, labels: Tensor | None) -> Tensor:
+def _certainty(side: _Side, rule: GateRule, labels: Tensor | None) -> Tensor:
     """How sure of itself a distribution is, [...]: minus its entropy, its largest entry, or that of the label."""
     worth = _power(side, rule.power)
     total = side.total.squeeze(-1) if rule.power == 1.0 else worth.sum(-1)
@@ -115,6 +114,11 @@ def _certainty(side: _Side, rule: _Rule, labels: Tensor | None) -> Tensor:
     if rule.gate == "label" and labels is not None:
         return worth.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) / total
     return rule.power * _dot(worth, side.exponent) / total - total.log()
+
+
+def certainty(log_p: Tensor, rule: GateRule, labels: Tensor | None = None) -> Tensor:
+    """What the gate compares, [...], of log-probabilities or logits [..., V]: the larger, the surer."""
+    return _certainty(_side(log_p, 1.0), rule, labels)
 
 
 def _dot(worth: Tensor, exponent: Tensor) -> Tensor:
@@ -129,14 +133,14 @@ def _clean(*values: Tensor) -> bool:
     return all(value.device.type == "cpu" and bool(value.isfinite().all()) for value in values)
 
 
-def _gap(teacher: _Side, student: _Side, rule: _Rule, labels: Tensor | None) -> Tensor:
+def _gap(teacher: _Side, student: _Side, rule: GateRule, labels: Tensor | None) -> Tensor:
     """How much surer of itself the teacher is than the student, [...]."""
     if rule.mode in ("dml", "reverse", "jeffreys"):  # which have no gate
         return teacher.total.new_zeros(teacher.total.shape[:-1])
     return _certainty(teacher, rule, labels) - _certainty(student, rule, labels)
 
 
-def _weights(gap: Tensor, rule: _Rule) -> BalanceWeights:
+def weights_of_gap(gap: Tensor, rule: GateRule) -> BalanceWeights:
     """From the gap [...], which is positive where the student is the less sure of the two."""
     one = torch.ones_like(gap)
     if rule.mode == "dml":
@@ -182,14 +186,14 @@ def bdkd_weights(
     """
     if not gate_temperature > 0.0:
         raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
-    rule = _rule(mode, delta, gate, 1.0, width)
+    rule = gate_rule(mode, delta, gate, 1.0, width)
     labels = _gate_labels(rule, labels, teacher_logits)
     teacher, student = _pair(teacher_logits, student_logits)
     scale = 1.0 / gate_temperature
-    return _weights(_gap(_side(teacher, scale), _side(student, scale), rule, labels), rule)
+    return weights_of_gap(_gap(_side(teacher, scale), _side(student, scale), rule, labels), rule)
 
 
-def _gate_labels(rule: _Rule, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+def _gate_labels(rule: GateRule, labels: Tensor | None, logits: Tensor) -> Tensor | None:
     if rule.gate != "label":
         return None
     if labels is None:
@@ -231,11 +235,11 @@ class _Balanced(NamedTuple):
 
 
 def _rows(
-    teacher: Tensor, student: Tensor, labels: Tensor | None, rule: _Rule, scale: float, needs: tuple[bool, bool]
+    teacher: Tensor, student: Tensor, labels: Tensor | None, rule: GateRule, scale: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, ...]:
     """Value, forward, reverse, both weights and both gradients by the logits [n, V] of rows."""
     ours, theirs = _side(student, scale), _side(teacher, scale)
-    weights = _weights(_gap(theirs, ours, rule, labels), rule)
+    weights = weights_of_gap(_gap(theirs, ours, rule, labels), rule)
     ratio = (theirs.exponent - ours.exponent).sub_(theirs.total.log() - ours.total.log())
     infinite = None
     if not _clean(ratio.sum(-1)):
@@ -257,7 +261,7 @@ def _rows(
 
 
 def _blocks(
-    teacher: Tensor, student: Tensor, labels: Tensor | None, rule: _Rule, scale: float, needs: tuple[bool, bool]
+    teacher: Tensor, student: Tensor, labels: Tensor | None, rule: GateRule, scale: float, needs: tuple[bool, bool]
 ) -> list[Any]:
     """The same for rows [N, V], on a CPU a block of rows at a time."""
     step = max(_BLOCK * torch.get_num_threads() // max(teacher.shape[-1], 1), 1)
@@ -279,7 +283,7 @@ class _BalancedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, teacher: Tensor, student: Tensor, labels: Tensor | None, rule: _Rule, scale: float,
+        ctx: Any, teacher: Tensor, student: Tensor, labels: Tensor | None, rule: GateRule, scale: float,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         *found, grad_p, grad_q = _blocks(teacher.detach(), student.detach(), labels, rule, scale, needs)
@@ -297,7 +301,7 @@ class _BalancedKL(torch.autograd.Function):
 
 
 def _balanced(
-    teacher: Tensor, student: Tensor, rule: _Rule, scale: float = 1.0, labels: Tensor | None = None
+    teacher: Tensor, student: Tensor, rule: GateRule, scale: float = 1.0, labels: Tensor | None = None
 ) -> _Balanced:
     """Of softmax(scale * logits); log-probabilities are logits too."""
     outcomes, rows = teacher.shape[-1], teacher.shape[:-1]
@@ -322,8 +326,9 @@ def balanced_kl(
     """w_F KL(p||q) + w_R KL(q||p), weighted as in `bdkd_weights`: a Divergence, [..., V] to [...], in nats.
 
     power: the gate compares p^power and q^power, normalised; with power=T it sees distributions taken at temperature T
-    as they are at temperature 1, so an Objective at T takes partial(balanced_kl, power=T). Differentiable once in both
-    arguments, the gate held constant; both KLs, both entropies and the gradient come out of one pass.
+    as they are at temperature 1. An Objective takes `BalancedKL` or `bdkd_objective`, which know truncated teachers
+    too. Differentiable once in both arguments, the gate held constant; both KLs, both entropies and the gradient come
+    out of one pass.
     Raises ShapeError when the shapes differ, ConfigError for options out of range.
 
     >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
@@ -332,7 +337,19 @@ def balanced_kl(
     """
     if gate == "label":
         raise ConfigError('balanced_kl sees no labels: gate="label" belongs to bdkd_loss')
-    return _balanced(*check_pair(log_p, log_q), _rule(mode, delta, gate, power, width)).value
+    return _balanced(*check_pair(log_p, log_q), gate_rule(mode, delta, gate, power, width)).value
+
+
+def balanced_rows(
+    teacher_logits: Tensor, student_logits: Tensor, rule: GateRule, *, temperature: float = 1.0,
+    labels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`balanced_kl` [...] of logits [..., V] at a temperature, by a rule whose gate may be the label's, labels [...].
+
+    The teacher is a constant. Raises ShapeError, DataError for labels out of range, or ConfigError for none given.
+    """
+    labels = _gate_labels(rule, labels, student_logits)
+    return _balanced(*_pair(teacher_logits.detach(), student_logits), rule, 1.0 / temperature, labels).value
 
 
 # --- losses
@@ -371,7 +388,7 @@ def bdkd_loss(
     """
     if not temperature > 0.0 or not gate_temperature > 0.0:
         raise ConfigError(f"temperatures must be positive and are {temperature} and, of the gate, {gate_temperature}")
-    rule = _rule(mode, delta, gate, temperature / gate_temperature, width)
+    rule = gate_rule(mode, delta, gate, temperature / gate_temperature, width)
     gate_labels = _gate_labels(rule, labels, teacher_logits)
     teacher, student = _pair(teacher_logits.detach(), student_logits)
     found = _balanced(teacher, student, rule, 1.0 / temperature, gate_labels)
@@ -429,41 +446,9 @@ def bdkd_teacher_loss(
     """
     if not temperature > 0.0:
         raise ConfigError(f"temperature must be positive and is {temperature}")
-    _rule("jeffreys" if mode == "bdkd_soft" else mode, 1.0, "entropy", 1.0, None)
+    gate_rule("jeffreys" if mode == "bdkd_soft" else mode, 1.0, "entropy", 1.0, None)
     divergence: Callable[[Tensor, Tensor], Tensor] = reverse_kl if mode == "dml" else kl
     logits = _pair(teacher_logits, student_logits.detach())
     parts = {"distillation": from_logits(divergence, *logits, temperature)}
     weight = alpha * (temperature**2 if squared_temperature else 1.0)
     return _summed(parts, teacher_logits, labels, weight, mask, count)
-
-
-def bdkd_objective(
-    *,
-    delta: float = 2.0,
-    mode: Mode = "bdkd",
-    gate: Literal["entropy", "confidence"] = "entropy",
-    gate_temperature: float = 1.0,
-    width: float = 0.0,
-    cross_entropy: float = 0.2,
-    temperature: float = 1.0,
-    squared_temperature: bool = False,
-) -> Objective:
-    """The objective of a language model whose teacher is fixed: a gate for each token, from live or truncated teachers.
-
-    width: of the gate of mode="bdkd_soft", 0 in the others. A truncated teacher's tail is one outcome, to the gate too.
-    The other options are those of `bdkd_weights` and `Objective`. Raises ConfigError for options out of range.
-
-    >>> bdkd_objective(delta=3.0, temperature=2.0).temperature
-    2.0
-    """
-    if not gate_temperature > 0.0:
-        raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
-    options: dict[str, Any] = {"delta": delta, "mode": mode, "gate": gate, "width": width or None}
-    divergence: Divergence = partial(balanced_kl, power=temperature / gate_temperature, **options)
-    objective = Objective(
-        divergence=divergence, cross_entropy=cross_entropy, temperature=temperature,
-        squared_temperature=squared_temperature,
-    )  # fmt: skip
-    one = torch.zeros(1, 1)
-    divergence(one, one)  # what is wrong with the options is said before a run begins
-    return objective

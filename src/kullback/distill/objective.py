@@ -16,8 +16,7 @@ from torch import Tensor
 from kullback.core.chunk import LinearHead, RowLoss, rows_chunked
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.types import Divergence, TeacherOutput
-from kullback.distill.top_k import sampled_divergence, top_k_divergence, truncated_cauchy_schwarz
-from kullback.divergences import FDivergence, cauchy_schwarz
+from kullback.distill.top_k import truncated_divergence
 
 __all__ = ["Objective"]
 
@@ -30,15 +29,14 @@ TruncatedRowTerm = Callable[[TeacherOutput, Tensor, Tensor], Tensor]
 class Objective:
     """The loss of distillation, from hidden states or from logits, with any teacher.
 
-    divergence: compares next-token distributions at `temperature`, as an FDivergence also those of a teacher with a
-    sampled tail; cross_entropy: its share in [0, 1], the divergence
-    has the rest; squared_temperature: multiply the divergence by T^2, which keeps its gradient's size (Hinton et al.
-    2015); row_term: an optional loss that wants the labels too, (teacher logits [n, V], student logits [n, V], labels
-    [n]) -> [n], in the place of the divergence, which then is only what one measures; it sees whole logits, and both
-    temperature options are its own matter; truncated_row_term: the same from a truncated teacher, where that can be,
-    (TeacherOutput of n rows, student logits [n, V], labels [n]) -> [n]; batch_term: an optional loss over the rows of a
-    batch, (teacher logits [n, V], student logits [n, V]) -> mean over rows, weighted by batch_weight and taken on at
-    most batch_rows rows.
+    divergence: compares next-token distributions at `temperature`, of a truncated teacher as `truncated_divergence`
+    says; cross_entropy: its share in [0, 1], the divergence has the rest; squared_temperature: multiply the divergence
+    by T^2, which keeps its gradient's size (Hinton et al. 2015); row_term: an optional loss that wants the labels too,
+    (teacher logits [n, V], student logits [n, V], labels [n]) -> [n], in the place of the divergence, which then is
+    only what one measures; it sees whole logits, and both temperature options are its own matter; truncated_row_term:
+    the same from a truncated teacher, where that can be, (TeacherOutput of n rows, student logits [n, V], labels [n])
+    -> [n]; batch_term: an optional loss over the rows of a batch, (teacher logits [n, V], student logits [n, V]) ->
+    mean over rows, weighted by batch_weight and taken on at most batch_rows rows.
     Raises ConfigError for values out of range, for a temperature beside a row_term, and for a truncated_row_term alone.
     """
 
@@ -161,15 +159,7 @@ class Objective:
     def _to_teacher(self, target: TeacherOutput, rows: slice, logits: tuple[Tensor, ...], log_q: Tensor) -> Tensor:
         if target.top_ids is None:
             return self.divergence(_log_softmax(_chunk_logits(target, rows, logits), self.temperature), log_q)
-        if target.top_log_probs is None or target.tail_log_prob is None:
-            raise ConfigError("a truncated teacher gives top_ids, top_log_probs and tail_log_prob together")
-        top = target.top_ids[rows], target.top_log_probs[rows], target.tail_log_prob[rows]
-        if self.divergence is cauchy_schwarz:
-            ids, values = (None if drawn is None else drawn[rows] for drawn in (target.tail_ids, target.tail_log_probs))
-            return truncated_cauchy_schwarz(*top, log_q, tail_ids=ids, tail_log_probs=values)
-        if target.tail_ids is None or target.tail_log_probs is None or not isinstance(self.divergence, FDivergence):
-            return top_k_divergence(self.divergence, *top, log_q)
-        return sampled_divergence(self.divergence, *top, target.tail_ids[rows], target.tail_log_probs[rows], log_q)
+        return truncated_divergence(self.divergence, _part(target, rows), log_q)
 
     def _batch_rows(self, number: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """At most batch_rows of the rows, at random where there are more."""
@@ -190,6 +180,7 @@ def _predictions(field: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 
 _BY_POSITION = (
     "logits", "hidden", "top_ids", "top_log_probs", "tail_log_prob", "tail_ids", "tail_log_probs", "label_log_probs",
+    "entropy",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 _INDEX = "teacher-cache.json"
-_FORMAT = 2  # 1 had no label_log_probs
+_FORMAT = 3  # 1 had no label_log_probs, 1 and 2 no entropy
 
 
 class Blocks(Protocol):
@@ -82,8 +82,8 @@ def write_teacher_cache(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CacheSummary:
-    """Store the `kept` most likely tokens of softmax(logits / temperature) at every position of `blocks`, and how
-    probable the token is that comes next.
+    """Store the `kept` most likely tokens of softmax(logits / temperature) at every position of `blocks`, how probable
+    the token is that comes next, and the entropy of softmax(logits).
 
     teacher: ids [B, T] -> logits [B, T, V]; blocks: items with input_ids [T], all of one length; shard: sequences a
     file; tokenizer: kept with the cache, so that a student of another one is refused; progress: called with the
@@ -123,8 +123,9 @@ def write_teacher_cache(
 class CachedTeacher:
     """A teacher read from a cache: only the sequences that were stored, at the temperature that they were stored at.
 
-    has_labels: whether it says how probable the next token is, which caches of the first format do not. Raises
-    DataError for a damaged cache or a sequence that is not in it, ConfigError for another temperature.
+    has_labels: whether it says how probable the next token is, which caches of the first format do not; has_entropy:
+    whether it gives the entropy of the whole distribution, which those of the first two do not. Raises DataError for a
+    damaged cache or a sequence that is not in it, ConfigError for another temperature.
     """
 
     def __init__(self, folder: Path, *, temperature: float = 1.0) -> None:
@@ -138,8 +139,9 @@ class CachedTeacher:
             raise DataError(f"{folder} is not a readable teacher cache: write it again with teacher-cache") from error
         if not 1 <= version <= _FORMAT:
             raise DataError(f"{folder} is a teacher cache of format {version}, and this version reads up to {_FORMAT}")
-        self.has_labels = version >= 2
+        self.has_labels, self.has_entropy = version >= 2, version >= 3
         self._tensors = {"ids", "log_probs", "tail"} | ({"label_log_probs"} if self.has_labels else set())
+        self._tensors |= {"entropy"} if self.has_entropy else set()
         self._tensors |= {"drawn_ids", "drawn_log_probs"} if self.summary.drawn else set()
         if temperature != self.summary.temperature:
             raise ConfigError(
@@ -155,8 +157,8 @@ class CachedTeacher:
         return self.summary.kept
 
     def __call__(self, ids: Tensor, mask: Tensor) -> TeacherOutput:
-        """The stored distributions for ids [B, T]: the K tokens kept, the mass of the rest, the M drawn from it, and
-        the next token's.
+        """The stored distributions for ids [B, T]: the K tokens kept, the mass of the rest, the M drawn from it, the
+        next token's probability and the whole entropy.
         """
         picked = [self._row(sequence) for sequence in ids.cpu()]
         found = {name: torch.stack([row[name] for row in picked]).to(ids.device) for name in picked[0]}
@@ -165,6 +167,8 @@ class CachedTeacher:
         )
         if self.has_labels:
             out = out._replace(label_log_probs=found["label_log_probs"].float())
+        if self.has_entropy:
+            out = out._replace(entropy=found["entropy"].float())
         if not self.summary.drawn:
             return out
         return out._replace(tail_ids=found["drawn_ids"].long(), tail_log_probs=found["drawn_log_probs"].float())
@@ -218,15 +222,17 @@ def teacher_logits(teacher: Teacher) -> Callable[[Tensor], Tensor]:
 def _truncated(
     logits: Tensor, ids: Tensor, kept: int, vocabulary: int, temperature: float, drawn: int, draw: torch.Generator
 ) -> dict[str, Tensor]:
-    log_p = torch.log_softmax(logits[..., :vocabulary].float() / temperature, -1)
+    logits = logits[..., :vocabulary].float()
+    log_p = torch.log_softmax(logits / temperature, -1)
     if not torch.isfinite(log_p.max()):
         raise DataError("the teacher's logits are not finite: its weights are damaged, or bfloat16 overflowed")
+    entropy = torch.special.entr(log_p.exp() if temperature == 1.0 else logits.softmax(-1)).sum(-1)
     top_ids, top, tail = keep_top(log_p, kept)
     following = ids.roll(-1, -1).clamp(max=vocabulary - 1)  # what follows the last token is never compared with a label
     label = log_p.gather(-1, following.unsqueeze(-1)).squeeze(-1)
     stored = {
         "ids": _small(top_ids, vocabulary), "log_probs": top.half(), "tail": tail.half(),
-        "label_log_probs": label.half(),
+        "label_log_probs": label.half(), "entropy": entropy,  # whole digits: BD-KD compares it with another
     }  # fmt: skip
     if drawn:
         picked, log_probs = sample_tail(log_p, top_ids, drawn, draw)

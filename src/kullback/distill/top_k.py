@@ -10,6 +10,8 @@ on average: the part of an f-divergence that lies in the tail is the mean over t
 
 Cauchy-Schwarz is no f-divergence, and one bin for the tail is far from it: sum p q over many rare tokens is next to
 nothing, and the product of their sums is not. Its two sums with p are taken over the tail too, from the tokens drawn.
+So is the sum p^a q^(1-a) of Renyi's divergences, whose logarithm then is consistent as more tokens are drawn, though
+not unbiased. `truncated_divergence` chooses between these for a divergence and what a teacher gives.
 
 Shapes: K tokens kept, M tokens drawn, V vocabulary.
 """
@@ -17,18 +19,66 @@ Shapes: K tokens kept, M tokens drawn, V vocabulary.
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ShapeError
-from kullback.core.types import Divergence
-from kullback.divergences import FDivergence
+from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.types import Divergence, TeacherOutput
+from kullback.divergences import F_NAMES, FDivergence, cauchy_schwarz, f_divergence, renyi
+from kullback.divergences import f as losses
 
 __all__ = [
-    "coarsen", "keep_top", "sample_tail", "sampled_divergence", "top_k_divergence", "truncated_cauchy_schwarz",
-    "truncation_bound",
+    "KnowsTruncation", "coarsen", "keep_top", "normalised", "sample_tail", "sampled_divergence", "top_k_divergence",
+    "truncated_cauchy_schwarz", "truncated_divergence", "truncated_renyi", "truncation_bound",
 ]  # fmt: skip
+
+
+@runtime_checkable
+class KnowsTruncation(Protocol):
+    """A divergence that says itself what it is to a truncated teacher."""
+
+    def of_truncated(self, target: TeacherOutput, log_q: Tensor, /) -> Tensor:
+        """The divergence [...] of a target with top_ids to log_q [..., V]."""
+        ...
+
+
+def truncated_divergence(divergence: Divergence, target: TeacherOutput, log_q: Tensor) -> Tensor:
+    """The divergence [...] between a truncated teacher and log_q [..., V], in nats, by the best that the target allows.
+
+    Of an f-divergence, as an object or by its function, the estimate is unbiased where the teacher drew tokens from its
+    tail; that of Renyi's and Cauchy-Schwarz is consistent. Any other, and all of them without drawn tokens, take the
+    tail for one outcome, except those that know better themselves (`KnowsTruncation`) and Cauchy-Schwarz. Raises
+    ConfigError for a target that is not truncated, ShapeError when a kept token is outside of V.
+
+    >>> from kullback.divergences import kl
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> ids, top, tail = keep_top(p, 1)
+    >>> target = TeacherOutput(top_ids=ids, top_log_probs=top, tail_log_prob=tail)
+    >>> truncated_divergence(kl, target, q), kl(p, q)
+    (tensor(0.1920), tensor(0.2773))
+    """
+    if target.top_ids is None or target.top_log_probs is None or target.tail_log_prob is None:
+        raise ConfigError("a truncated teacher gives top_ids, top_log_probs and tail_log_prob together")
+    if isinstance(divergence, KnowsTruncation):
+        return divergence.of_truncated(target, log_q)
+    top = target.top_ids, target.top_log_probs, target.tail_log_prob
+    function, options = _unbound(divergence)
+    if function is cauchy_schwarz:
+        return truncated_cauchy_schwarz(*top, log_q, tail_ids=target.tail_ids, tail_log_probs=target.tail_log_probs)
+    if target.tail_ids is None or target.tail_log_probs is None:
+        return top_k_divergence(divergence, *top, log_q)
+    drawn = target.tail_ids, target.tail_log_probs
+    if function is renyi:
+        return truncated_renyi(*top, *drawn, log_q, **options)
+    if isinstance(divergence, FDivergence):
+        return sampled_divergence(divergence, *top, *drawn, log_q)
+    name = getattr(function, "__name__", "")
+    if name in F_NAMES and function is getattr(losses, name):
+        return sampled_divergence(f_divergence(name, **options), *top, *drawn, log_q)
+    return top_k_divergence(divergence, *top, log_q)
 
 
 def keep_top(log_p: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,12 +158,57 @@ def sampled_divergence(
     """
     _check_tokens(ids, log_q)
     _check_tokens(tail_ids, log_q)
-    total = torch.logaddexp(top_log_probs.logsumexp(-1), tail_log_prob).unsqueeze(-1)
-    top, tail = (top_log_probs - total).to(log_q.dtype), (tail_log_prob.unsqueeze(-1) - total).to(log_q.dtype)
-    drawn = (tail_log_probs - total).to(log_q.dtype)
+    top, tail, drawn = normalised(top_log_probs, tail_log_prob, tail_log_probs, log_q.dtype)
     inside = _terms(divergence, top, log_q.gather(-1, ids)).sum(-1)
     outside = _terms(divergence, drawn, log_q.gather(-1, tail_ids)) * (tail - drawn).exp()
     return inside + outside.mean(-1)
+
+
+def normalised(
+    top: Tensor, tail: Tensor, drawn: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """top [..., K], tail [..., 1] and drawn [..., M] so that kept tokens and tail add up to 1, which halves do not."""
+    tail = tail.unsqueeze(-1)
+    total = torch.logaddexp(top.logsumexp(-1, keepdim=True), tail)
+    top, tail = (top - total).to(dtype), (tail - total).to(dtype)
+    return top, tail, tail[..., :0] if drawn is None else (drawn - total).to(dtype)
+
+
+def truncated_renyi(
+    ids: Tensor,
+    top_log_probs: Tensor,
+    tail_log_prob: Tensor,
+    tail_ids: Tensor,
+    tail_log_probs: Tensor,
+    log_q: Tensor,
+    *,
+    alpha: float,
+) -> Tensor:
+    """Renyi's log(sum p^a q^(1-a)) / (a - 1) [...] to log_q [..., V], in nats, with the tail from the tokens drawn.
+
+    The sum is unbiased over the draws: exact on the kept tokens, and in the tail the mean of p_tail (p/q)^(a-1). Its
+    logarithm is not, by about half the sum's relative variance, which falls as more tokens are drawn: on average the
+    value is low for a > 1 and high for a < 1. alpha=1 is KL, unbiased. Arguments as in `sampled_divergence`.
+
+    >>> p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    >>> truncated_renyi(*keep_top(p, 2), torch.tensor([2]), p[[2]], q, alpha=2.0), renyi(p, q, alpha=2.0)
+    (tensor(0.4220), tensor(0.4220))
+    """
+    if alpha == 1.0:
+        return sampled_divergence(
+            f_divergence("kl"), ids, top_log_probs, tail_log_prob, tail_ids, tail_log_probs, log_q
+        )
+    _check_tokens(ids, log_q)
+    _check_tokens(tail_ids, log_q)
+    top, tail, drawn = normalised(top_log_probs, tail_log_prob, tail_log_probs, log_q.dtype)
+    mass = torch.cat([top, (tail - math.log(tail_ids.shape[-1])).expand_as(drawn)], -1)
+    own = torch.cat([top, drawn], -1)
+    absent = torch.isneginf(own) | torch.isneginf(mass)
+    tilt = (alpha - 1.0) * (own.masked_fill(absent, 0.0) - log_q.gather(-1, torch.cat([ids, tail_ids], -1)))
+    if abs(alpha - 1.0) < 0.05:  # a - 1 is too small to divide rounding errors by
+        excess = mass.exp() * tilt.masked_fill(absent, 0.0).expm1()
+        return excess.sum(-1).log1p() / (alpha - 1.0)
+    return (mass + tilt).masked_fill(absent, -math.inf).logsumexp(-1) / (alpha - 1.0)
 
 
 def truncated_cauchy_schwarz(
@@ -137,18 +232,23 @@ def truncated_cauchy_schwarz(
     (tensor(0.4870), tensor(0.4870))
     """
     _check_tokens(ids, log_q)
-    tail = tail_log_prob.unsqueeze(-1)
-    total = torch.logaddexp(top_log_probs.logsumexp(-1, keepdim=True), tail)
-    top, tail = (top_log_probs - total).to(log_q.dtype), (tail - total).to(log_q.dtype)
+    top, tail, drawn = normalised(top_log_probs, tail_log_prob, tail_log_probs, log_q.dtype)
     if tail_ids is None or tail_log_probs is None:
         rest = math.log(max(log_q.shape[-1] - ids.shape[-1], 1))
         own, other = tail - rest, _rest(log_q, ids).unsqueeze(-1) - rest
     else:
         _check_tokens(tail_ids, log_q)
         rest = math.log(tail_ids.shape[-1])
-        own, other = (tail_log_probs - total).to(log_q.dtype) - rest, log_q.gather(-1, tail_ids) - rest
+        own, other = drawn - rest, log_q.gather(-1, tail_ids) - rest
     cross = torch.cat([top + log_q.gather(-1, ids), tail + other], -1).logsumexp(-1)
     return torch.cat([2.0 * top, tail + own], -1).logsumexp(-1) + (2.0 * log_q).logsumexp(-1) - 2.0 * cross
+
+
+def _unbound(divergence: Divergence) -> tuple[Any, dict[str, Any]]:
+    """A function and the options that `partial` bound to it."""
+    if isinstance(divergence, partial) and not divergence.args:
+        return divergence.func, dict(divergence.keywords)
+    return divergence, {}
 
 
 def _terms(divergence: FDivergence, log_p: Tensor, log_q: Tensor) -> Tensor:

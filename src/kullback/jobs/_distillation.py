@@ -172,11 +172,11 @@ class Distillation:
             _check_truncated(self.config.objective, served=served)
         if served:
             server = ServedTeacher(name, vocabulary=len(self.tokenizer))
-            self._check_ranking(server)
+            self._check_labels(server)
             return server, len(self.tokenizer)
         if is_teacher_cache(name):
             cached = CachedTeacher(Path(name), temperature=self.config.objective.temperature)
-            self._check_ranking(cached)
+            self._check_labels(cached)
             check_same_tokenizer(load_tokenizer(Path(name) / "tokenizer", role="teacher cache"), self.tokenizer)
             return cached, cached.vocabulary
         model = load_model(name, role="teacher")
@@ -184,12 +184,13 @@ class Distillation:
             check_same_tokenizer(load_tokenizer(name, role="teacher"), self.tokenizer)
         return LiveTeacher(model), model.get_output_embeddings().weight.shape[0]
 
-    def _check_ranking(self, teacher: CachedTeacher | ServedTeacher) -> None:
-        """Raise ConfigError where a truncated teacher does not say what a loss of rankings asks of it."""
+    def _check_labels(self, teacher: CachedTeacher | ServedTeacher) -> None:
+        """Raise ConfigError where a truncated teacher does not say what a loss that looks at labels asks of it."""
         objective = objective_of(self.config.objective)
         if not objective.needs_labels:
             return
-        name, picks = self.config.objective.name, self.config.objective.options.get("topk")
+        name = self.config.objective.name.replace("-", "_")
+        picks = self.config.objective.options.get("topk")
         if not teacher.has_labels:
             raise ConfigError(
                 f"{name} asks how probable the teacher finds the next token, kept or not, and neither caches of the "
@@ -200,8 +201,9 @@ class Distillation:
                 f"objective.options.topk is {picks} and the teacher gives {teacher.kept} tokens at each position: "
                 "lower it, or write a cache that keeps more"
             )
-        picked = f"rankings have at most {teacher.kept} picks, as many tokens as the teacher gives"
-        self.listen({"kind": "note", "text": picked})
+        if name == "pld":
+            picked = f"rankings have at most {teacher.kept} picks, as many tokens as the teacher gives"
+            self.listen({"kind": "note", "text": picked})
 
     def _check_student(self) -> int:
         tokens: int = self.student(self.config.seeds[0]).get_output_embeddings().weight.shape[0]

@@ -175,7 +175,7 @@ def _builders() -> dict[str, Callable[..., Objective]]:
     A builder takes keywords that have defaults, numbers or strings: those of `_SHARED` that mean something to it, and
     its own options. Whether it can do with a truncated teacher or the student's own samples, the Objective says.
     """
-    from kullback.distill.bd_kd import bdkd_objective
+    from kullback.distill.bd_kd_objective import bdkd_objective
     from kullback.distill.pld import pld_objective
 
     return {"bd_kd": bdkd_objective, "pld": pld_objective, "sinkd": _sinkd}
