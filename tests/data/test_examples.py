@@ -73,7 +73,8 @@ def test_parquet_has_the_same_examples(tmp_path):
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "pair", "empty 'rejected'"),
         ({"prompt": "", "completion": "b"}, "completion", "empty prompt"),
         ({"prompt": "a"}, "completion", "no 'completion'"),
-        ({"question": "a"}, "prompt", "no prompt"),
+        ({"question": "a"}, "prompt", "no 'prompt'.*its fields are 'question'"),
+        ({"prompt": "a", "completion": "\ud800b"}, "completion", "half a surrogate pair"),
         ({"prompt": 3}, "prompt", "is a int"),
         ({"prompt": [USER]}, "prompt", "no chat template"),
         ({"messages": [{"role": "user"}]}, "prompt", "no chat"),
@@ -94,6 +95,11 @@ def test_files_that_are_no_records(tmp_path):
     (tmp_path / "text.txt").write_text("text")
     with pytest.raises(DataError, match="not known"):
         read_examples(tmp_path / "text.txt", wanted="prompt")
+    for encoding, words in (("latin-1", "line 2"), ("utf-16", "begins as UTF-16 does")):
+        lines = '{"prompt": "a"}\n{"prompt": "Grüße"}\n'
+        (tmp_path / "other.jsonl").write_bytes(lines.encode(encoding))
+        with pytest.raises(DataError, match=f"{words}.*is not text in UTF-8" if "line" in words else words):
+            list(read_examples(tmp_path / "other.jsonl", wanted="prompt"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="empty"):
         list(read_examples(tmp_path / "empty.jsonl", wanted="prompt"))

@@ -77,6 +77,23 @@ def test_bad_input_is_one_sentence(adder, folder, capsys):
     assert "no other option" in capsys.readouterr().err
 
 
+def test_what_is_not_there_is_said_at_once(adder, folder, capsys, monkeypatch):
+    """Before the job is loaded, which takes seconds."""
+    monkeypatch.setitem(sys.modules, "kullback.jobs.align", None)
+    monkeypatch.delattr("kullback.jobs.align")
+    (folder / "run").mkdir()
+    (folder / "run" / "run.toml").touch()
+    cases = {
+        "model gone is not a directory": ["--model", "gone"], "reference gone is not a": ["--reference", "gone"],
+        "gone.jsonl does not exist": ["--data", "gone.jsonl"], "run already holds a run": ["--out", "run"],
+    }  # fmt: skip
+    for words, more in cases.items():
+        assert cli.execute(typed(adder, *more)) == 2
+        assert words in capsys.readouterr().err
+    assert cli.execute(["align", "--resume", "gone"]) == 2
+    assert "gone is not a run directory" in capsys.readouterr().err
+
+
 def test_sigkill_at_any_step_then_resume_gives_the_same_bits(adder, tmp_path):
     config = with_training(align_config(adder, options={"beta": 0.1}), steps=30)
     (tmp_path / "job.toml").write_text(to_toml(config))

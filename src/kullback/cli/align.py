@@ -34,11 +34,17 @@ def align(
     """Align a language model. With no options: a small model that adds and is often wrong learns to be right."""
     from kullback.cli._progress import Progress
     from kullback.core.errors import ConfigError
-    from kullback.jobs import align as job
+    from kullback.core.runs import Run
 
     named = model or reference or data or method or reward
     if resume is not None and (named or config or set_ or out):
         raise ConfigError("--resume goes on under the configuration of the run: give no other option with it")
+    if resume is None:
+        _check_paths([("model", model), *(("reference", place) for place in reference or [])], data, out)
+    else:
+        Run.open(resume)
+    from kullback.jobs import align as job
+
     if resume is not None:
         with Progress(quiet=json_) as progress:
             run = job.resume(resume, listen=progress)
@@ -52,6 +58,19 @@ def align(
             run = job.run(settings, out or free_folder(Path("runs"), "align"), listen=progress)
     if int(os.environ.get("RANK", "0")) == 0:  # under accelerate launch the first process speaks
         _show_report(run.path, as_json=json_)
+
+
+def _check_paths(models: list[tuple[str, str]], data: str, out: Path | None) -> None:
+    """Say what is not there, or is there already, before the seconds that it takes to load what reads it."""
+    from kullback.core.errors import CheckpointError, DataError
+
+    for role, place in models:
+        if place and not Path(place).expanduser().is_dir():
+            raise DataError(f"{role} {place} is not a directory: download the model first and name its folder")
+    if data and not Path(data).expanduser().exists():
+        raise DataError(f"{data} does not exist: name a file of JSONL or Parquet, or a folder of them")
+    if out is not None and (out / "run.toml").is_file():
+        raise CheckpointError(f"{out} already holds a run: resume it (--resume) or choose another directory")
 
 
 def _settings(

@@ -6,14 +6,14 @@ chat whose last message is the completion; or `chosen` and `rejected` as whole c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from kullback.core.errors import DataError
 from kullback.data.records import read_records
-from kullback.data.text import held_out
+from kullback.data.text import held_out, whole_characters
 
 __all__ = ["Example", "Wanted", "read_examples", "split_examples"]
 
@@ -70,7 +70,7 @@ def _example(record: Any, where: str, wanted: Wanted, tokenizer: Any) -> Example
     if not isinstance(record, Mapping):
         raise DataError(f"{where} is a {type(record).__name__}: a record with the field 'prompt' is expected")
     fields = _unfolded(record, where)
-    _check_fields(fields, where, wanted)
+    _check_fields(fields, where, wanted, list(record))
     chat = isinstance(fields["prompt"], list)
     texts = _chat_texts(fields, where, tokenizer) if chat else _plain_texts(fields, where)
     if not texts["prompt"].strip():
@@ -78,6 +78,9 @@ def _example(record: Any, where: str, wanted: Wanted, tokenizer: Any) -> Example
     for name in _TEXTS:
         if texts.get(name) is not None and not texts[name].strip():
             raise DataError(f"{where} has an empty {name!r}: remove the record or fill it in")
+    for text in texts.values():
+        if text is not None:
+            whole_characters(text, where)
     if wanted == "pair" and texts["chosen"] == texts["rejected"]:
         raise DataError(f"{where} prefers a completion to itself: chosen and rejected are equal, remove the record")
     if wanted == "completion" and texts.get("completion") is None:
@@ -108,9 +111,10 @@ def _unfolded(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def _check_fields(fields: Mapping[str, Any], where: str, wanted: Wanted) -> None:
+def _check_fields(fields: Mapping[str, Any], where: str, wanted: Wanted, names: Sequence[Any]) -> None:
     if "prompt" not in fields:
-        raise DataError(f"{where} has no prompt: a record has 'prompt', or a chat in 'messages'")
+        known = ", ".join(map(repr, names)) or "none"
+        raise DataError(f"{where} has no 'prompt', nor a chat in 'messages': its fields are {known}")
     missing = [name for name in ("chosen", "rejected") if name not in fields] if wanted == "pair" else []
     if missing:
         raise DataError(f"{where} is no preference pair: it has no {' and no '.join(map(repr, missing))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from kullback.core.errors import DataError, MissingExtra
 __all__ = ["json_records", "known_files", "parquet_records", "read_records"]
 
 _ENDINGS = (".jsonl", ".ndjson", ".parquet")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Columns = Callable[[Sequence[str]], Sequence[str] | None]
 
@@ -61,15 +63,19 @@ def _hidden(path: Path) -> bool:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line that is not blank. Raises DataError for a line that is not JSON."""
+    """(where, value) of each line that is not blank. Raises DataError for one that is not JSON in UTF-8."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 where = f"line {number} of {path}"
+                if number == 1 and line.startswith(_UTF_16):
+                    raise DataError(f"{where} is not text in UTF-8 (it begins as UTF-16 does): convert the file")
                 try:
                     record = json.loads(line)
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{where} is not text in UTF-8 ({error.reason}): convert the file") from error
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{where} is not JSON: one record a line is expected") from error
                 yield where, record

@@ -16,7 +16,7 @@ from typing import Any
 from kullback.core.errors import ConfigError, DataError
 from kullback.data.records import json_records, known_files, parquet_records
 
-__all__ = ["held_out", "read_documents"]
+__all__ = ["held_out", "read_documents", "whole_characters"]
 
 _LARGEST, _SMALLEST = 1 << 13, 1 << 10  # characters of a piece of plain text, about
 _PIECES = 64  # of a small text, so that there is something to hold out
@@ -142,7 +142,7 @@ def _text(record: Any, field: str, tokenizer: Any, where: str) -> str:
     if field in record and not isinstance(record[field], list):
         if not isinstance(record[field], str):
             raise DataError(f"{field!r} in {where} is a {type(record[field]).__name__}, not text: name another field")
-        return _sound(record[field], where)
+        return whole_characters(record[field], where)
     messages = record.get(field, record.get("messages"))
     if messages is None:
         raise DataError(_no_field(field, list(record), where))
@@ -160,10 +160,11 @@ def _chat(messages: Any, tokenizer: Any, where: str) -> str:
     except Exception as error:  # a template can raise whatever it likes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the chat template refuses {where}: {reason}") from error
-    return _sound(text, where)
+    return whole_characters(text, where)
 
 
-def _sound(text: str, where: str) -> str:
+def whole_characters(text: str, where: str) -> str:
+    """The text as it is; DataError where it holds half a surrogate pair, which JSON can write and no encoding has."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
