@@ -6,6 +6,8 @@ from transformers import TrainingArguments
 
 from kullback.align._hf import AlignTrainer, frozen_reference, index_items
 from kullback.align.f_dpg import FDpg
+from kullback.align.grpo import Grpo
+from kullback.align.kdrl import BetaSchedule, Kdrl
 from kullback.align.log_probs import completion_log_probs
 from kullback.align.nash_policy import NashPolicy, judged
 from kullback.align.ppo import Ppo
@@ -112,6 +114,26 @@ def test_a_critic_that_has_seen_the_token_is_caught(tmp_path):
     end, start, _ = trained(tmp_path, Ppo(beta=0.3), change=change)
     target = (start + REWARDS / 0.3).log_softmax(0)
     assert kl(target, end) > 0.15 * kl(target, start)
+
+
+@pytest.mark.parametrize("options", [{"divergence": "exact"}, {"divergence": "top-k", "top_k": 3}, {}])
+def test_reward_and_teacher_in_one_end_at_the_tilted_teacher(options, tmp_path):
+    """Of plain advantages and the divergence of whole completions; K = 3 of 4 tokens and a rest are all of them."""
+    policy = Grpo(scale="none")
+    whole = Kdrl(schedule=BetaSchedule(start=0.08), credit="return_to_go", policy=policy, **options)
+    end, start, trainer = trained(tmp_path, whole)
+    target = (start + REWARDS / 0.08).log_softmax(0)
+    assert kl(target, end) < 0.06 * kl(target, start)
+    said = trainer.state.log_history[-2]["metric/divergence"]
+    assert said == pytest.approx(kl(end, start).item() / 2, rel=0.1), "a token of two, at the last steps"
+
+
+def test_divergences_without_the_path_are_caught(tmp_path):
+    """Listed wrong for whole completions, and what the paper does: each token's divergence with its prefix fixed."""
+    method = Kdrl(schedule=BetaSchedule(start=0.08), divergence="exact", policy=Grpo(scale="none"))
+    end, start, _ = trained(tmp_path, method)
+    target = (start + REWARDS / 0.08).log_softmax(0)
+    assert kl(target, end) > 0.09 * kl(target, start)
 
 
 KINDS = WORLD.sequences().sum(1) % 3

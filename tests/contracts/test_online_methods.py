@@ -52,7 +52,7 @@ METHODS = {
     "dph-js": lambda: Dph(buffer=rehearsed(), eta=0.3, rehearsed=2, divergence="js", form="definition", visited=1.0),
 }
 # These weigh part of the loss by what one micro-batch holds, so that another split is another, equally fair, estimate.
-SPLIT_DEPENDENT = {"kdrl, masked", "dph-f", "dph-js"}
+SPLIT_DEPENDENT = {"dph-f", "dph-js"}
 
 
 def sampled(extra=0):

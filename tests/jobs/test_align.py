@@ -96,6 +96,8 @@ MODES = {
     "offline f-dpg": ("f-dpg", {"proposal": "offline", "every": 1, "defence": 0.25}),
     "nash-md": ("nash-mp", {"mode": "nash-md"}),
     "dph-rl in mini-batches": ("dph-rl", {"epochs": 2, "mini_batches": 2, "clamp": 10.0}),
+    "kdrl, whole laws": ("kdrl", {"divergence": "exact", "credit": "return_to_go", "keep": "response", "epochs": 2}),
+    "kdrl, top tokens": ("kdrl", {"divergence": "top-k", "top_k": 4, "beta": 0.3, "schedule": "linear", "delta": 0.1}),
 }
 SAME = ("sft", "ipo", "dr-grpo", "salsa")  # which another method stands for
 
@@ -353,6 +355,9 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"reward": job.RewardConfig()}, ConfigError, "none is named"),
         ({"method": "salsa", "reference": ("one",)}, ConfigError, "two or more"),
         ({"method": "kdrl", "reference": ()}, ConfigError, "teacher"),
+        ({"method": "kdrl", "options": {"divergence": "whole"}}, ConfigError, "sampled, exact or top-k"),
+        ({"method": "kdrl", "options": {"divergence": "top-k"}}, ConfigError, "top_k is the number"),
+        ({"method": "kdrl", "options": {"divergence": "exact", "kind": "k3"}}, ConfigError, "leave them out"),
         ({"reference_weights": (1.0,)}, ConfigError, "one a reference"),
         ({"reward": job.RewardConfig(name="exactly")}, ConfigError, "there is no reward"),
         ({"reward": job.RewardConfig(name="regex")}, ConfigError, "reward.pattern"),

@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import Trainer
 
 from kullback.align._hf_copies import Copies, Opponents
+from kullback.align._hf_reference import (
+    Reference,
+    adapter_reference,
+    check_reference,
+    check_temperatures,
+    frozen_reference,
+)
 from kullback.align._hf_reuse import RepeatedPrompts, rows_of_use
+from kullback.align.compared import compared_completions
 from kullback.align.critic import add_critic
 from kullback.align.log_probs import completion_log_probs
 from kullback.align.methods import Method
@@ -27,35 +35,6 @@ __all__ = ["AlignTrainer", "Reference", "adapter_reference", "collate_completion
 
 # (model, numbers of prompts, *, group, generator) -> completions and their rewards: ScoredRollouts, FilteredSource
 RolloutSource = Callable[..., tuple[Rollouts, Tensor]]
-# (ids [B, L + T], attention_mask [B, L + T], completion_mask [B, T]) -> log-probabilities [B, T]
-Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def frozen_reference(model: Any, *, temperature: float = 1.0, vocabulary: int | None = None) -> Reference:
-    """The log-probabilities of a model that is not trained."""
-    model.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def log_probs(ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        given = (ids, attention_mask, completion_mask)
-        return completion_log_probs(model.to(ids.device), *given, temperature=temperature, vocabulary=vocabulary)[0]
-
-    return log_probs
-
-
-def adapter_reference(model: Any, *, temperature: float = 1.0, vocabulary: int | None = None) -> Reference:
-    """The log-probabilities of a model with its adapters switched off, which needs no second model."""
-
-    @torch.no_grad()
-    def log_probs(ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        given, training = (ids, attention_mask, completion_mask), model.training
-        try:
-            with model.eval().disable_adapter():
-                return completion_log_probs(model, *given, temperature=temperature, vocabulary=vocabulary)[0]
-        finally:
-            model.train(training)
-
-    return log_probs
 
 
 def collate_completions(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], filler: int) -> Any:
@@ -92,8 +71,8 @@ class AlignTrainer(Trainer):
     completions of each are sampled from the stream of (seed, step, process), to be used for as many steps as the
     method's epochs and mini_batches say. What else a method may ask for is listed with `methods.OnlineMethod`. Other
     batches have what `collate_completions` makes, chosen rows before rejected ones. temperature: of the policy in the
-    loss. vocabulary: entries of the head that exist. The loss is divided by the count of the whole accumulated batch
-    over all processes.
+    loss; another one of the reference or the rollouts needs allow_temperature_mismatch. vocabulary: entries of the head
+    that exist. The loss is divided by the count of the whole accumulated batch over all processes.
     """
 
     loss_is_scaled_for_ga = True
@@ -110,12 +89,16 @@ class AlignTrainer(Trainer):
         temperature: float = 1.0,
         vocabulary: int | None = None,
         seed: int = 0,
+        allow_temperature_mismatch: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_reference(method, reference)
+        if not allow_temperature_mismatch:
+            check_temperatures(temperature, reference=reference, rollouts=rollouts)
         kind = getattr(method, "critic", None)
         self.critic = None if kind is None else add_critic(model, kind)
         super().__init__(model=model, **kwargs)
-        self._check(method, reference, rollouts)
+        self._check(method, rollouts)
         self.method, self.reference, self.rollouts, self.group = method, reference, rollouts, group
         self.temperature, self.vocabulary, self.stream = temperature, vocabulary, seed
         self.model_accepts_loss_kwargs = True  # asks the Trainer for the count of the accumulated batch
@@ -125,11 +108,10 @@ class AlignTrainer(Trainer):
         self._held: list[dict[str, Any]] = []
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
+        self._drawn = torch.zeros(2)  # completions that did not end, and all
 
-    def _check(self, method: Method, reference: Reference | None, rollouts: RolloutSource | None) -> None:
+    def _check(self, method: Method, rollouts: RolloutSource | None) -> None:
         name = type(method).__name__
-        if method.needs_reference and reference is None:
-            raise ConfigError(f"{name} looks at the reference policy: give the trainer one")
         if rollouts is not None and not hasattr(method, "prepare"):
             raise ConfigError(f"{name} learns from given completions, and would not look at rollouts")
         if rollouts is not None and self.is_fsdp_enabled:
@@ -139,17 +121,30 @@ class AlignTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         given = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-        if self.method.needs_reference and "reference_log_prob" not in inputs and self.reference is not None:
+        if self._looks_at_reference and "reference_log_prob" not in inputs and self.reference is not None:
             inputs = {**inputs, "reference_log_prob": self.reference(*given)}
-        log_prob, values = self._under(model, given)
-        if values is not None:
-            inputs = {**inputs, "values": values}
+        compares, found = getattr(self.method, "compares", None), {}
+        if compares is None:
+            log_prob, values = self._under(model, given)
+            found = {} if values is None else {"values": values}
+        else:
+            teacher: Any = self.reference
+            log_prob, found["teacher_divergence"] = compared_completions(
+                model, *given, teacher=teacher.states(*given), divergence=compares, temperature=self.temperature,
+                vocabulary=self.vocabulary,
+            )  # fmt: skip
+        inputs = {**inputs, **found}
         count = self.method.count(inputs) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.method.loss(log_prob, inputs, count=count)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
         self._note(metrics)
         return (loss, {}) if return_outputs else loss
+
+    @property
+    def _looks_at_reference(self) -> bool:
+        """Whether the method wants the reference's log-probabilities of the tokens, and not its whole laws."""
+        return self.method.needs_reference and getattr(self.method, "compares", None) is None
 
     def _under(self, model: Any, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [B, T], and values [B, T] where there is a critic."""
@@ -181,6 +176,8 @@ class AlignTrainer(Trainer):
             return batches, None
         if self.rollouts is not None:
             batches = self._rolled_out(self.rollouts, batches, device)
+        if self.rollouts is not None and hasattr(self.method, "settle"):
+            batches = self.method.settle(batches, total=self.accelerator.reduce)
         count = torch.tensor(sum(self.method.count(batch) for batch in batches), device=device, dtype=torch.float64)
         return batches, self.accelerator.reduce(count).clamp(min=1.0)
 
@@ -236,13 +233,18 @@ class AlignTrainer(Trainer):
         self._held = [{name: part.to(self.args.device) for name, part in batch.items()} for batch in state]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's, with the means of what the method tells, under the names metric/..."""
+        """The Trainer's, with the means of what the method tells, as metric/..., and the share of completions cut."""
         if self._sums and "loss" in logs:
             names = sorted(self._sums)
             means = torch.stack([self._sums[name] / self._terms for name in names])
             means = self.accelerator.reduce(means, reduction="mean")
             logs.update({f"metric/{name}": value for name, value in zip(names, means.tolist(), strict=True)})
             self._sums, self._terms = {}, 0
+        if self.rollouts is not None and "loss" in logs:
+            cut, drawn = self.accelerator.reduce(self._drawn.to(self.args.device)).tolist()
+            if drawn:
+                logs["metric/cut"] = cut / drawn
+            self._drawn.zero_()
         super().log(logs, start_time)
 
     def _roll_out(self, source: RolloutSource, index: Sequence[int], draw: torch.Generator) -> dict[str, Any]:
@@ -250,6 +252,7 @@ class AlignTrainer(Trainer):
         with torch.no_grad(), self._precision():
             rolled, rewards, opponent = self.opponents.draw(source, policy, index, group=self.group, generator=draw)
             given = (rolled.ids, rolled.attention_mask, rolled.completion_mask)
+            self._drawn += torch.tensor([(~rolled.finished).sum().item(), len(rolled)])
             batch = {
                 **dict(zip(("input_ids", "attention_mask", "completion_mask"), given, strict=True)),
                 "old_log_prob": rolled.log_probs,
@@ -259,7 +262,7 @@ class AlignTrainer(Trainer):
             }
             if opponent is not None:
                 batch["opponent"] = opponent
-            if self.method.needs_reference and self.reference is not None:
+            if self._looks_at_reference and self.reference is not None:
                 batch["reference_log_prob"] = self.reference(*given)
             self._judge(batch, policy, given)
             gathers = hasattr(self.method, "load_state_dict") or getattr(self.method, "gathers", False)

@@ -8,8 +8,12 @@ r"""KDRL: one policy gradient for a verifiable reward and for the reverse KL to 
 | k3        | e^R - 1 - R   | that of KL(teacher, pi), weighted by an unbounded ratio                  |
 | k1_reward | -R            | none as a loss: -R is a reward, added to the advantage after the groups  |
 
-credit "return_to_go" counts what a token does to later ones: then k2 has the gradient of the KL of whole completions.
-`reverse_kl_top_k` is D without sampling, over the whole vocabulary or over the K likeliest tokens.
+`reverse_kl_top_k` is D without sampling a token: KL_t = KL(pi, teacher) of the laws after the same prefix, over the
+whole vocabulary or over the K likeliest tokens. Its gradient is exact given the prefixes, which are still drawn. With
+credit "token" these are fixed: the gradient is the mean of grad KL_t over the prefixes visited, and leaves out that of
+the path, what a token does to later prefixes. With credit "return_to_go" grad log pi(y_t) counts that too, by the sum
+of KL_u over u > t (in k2 by that of -R_u over u >= t): then k2 and the whole vocabulary have the gradient of the KL of
+whole completions.
 
 Shapes: P prompts, G completions, B = P G rows, T tokens, V vocabulary; mask [B, T]; nats. Source: arXiv 2506.02208.
 """
@@ -17,23 +21,25 @@ Shapes: P prompts, G completions, B = P G rows, T tokens, V vocabulary; mask [B,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kullback.align.compared import RowDivergence
 from kullback.align.grpo import Grpo
 from kullback.align.methods import Batch
 from kullback.align.policy_gradient import clipped_policy_loss, grouped_advantages, reduce_tokens
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences import kl_sampled, reverse_kl
 
 __all__ = [
     "BetaSchedule",
     "KDRLOutput",
     "Kdrl",
+    "exact_kd_terms",
     "kd_mask",
     "kd_terms",
     "kdrl_loss",
@@ -113,6 +119,36 @@ def reverse_kl_top_k(
     return reverse_kl(torch.cat([top_p, rest_p], -1), torch.cat([top_q, rest_q], -1))
 
 
+def exact_kd_terms(
+    divergences: Tensor,
+    log_student: Tensor,
+    *,
+    credit: Literal["token", "return_to_go"] = "token",
+    ratio: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The teacher's term of each token [B, T] from divergences [B, T] of next-token laws, with their gradient.
+
+    "return_to_go" adds that of the path, from log_student [B, T] of the drawn tokens, and keeps the value. ratio: see
+    `kd_terms`, in front of the path's part; mask: the tokens that exist. Raises ConfigError.
+
+    >>> divergences, log_student = torch.tensor([[0.2, 0.3, 0.5]]), torch.zeros(1, 3, requires_grad=True)
+    >>> terms = exact_kd_terms(divergences, log_student, credit="return_to_go")
+    >>> terms.detach(), torch.autograd.grad(terms.sum(), log_student)[0]
+    (tensor([[0.2000, 0.3000, 0.5000]]), tensor([[0.8000, 0.5000, 0.0000]]))
+    """
+    if credit not in ("token", "return_to_go"):
+        raise ConfigError(f"credit is token or return_to_go, not {credit!r}")
+    held = torch.ones_like(divergences, dtype=torch.bool) if mask is None else mask.bool()
+    terms = torch.where(held, divergences, 0.0)
+    if credit == "token":
+        return terms
+    seen, log_prob = terms.detach(), torch.where(held, log_student, 0.0)
+    later = seen.flip(-1).cumsum(-1).flip(-1) - seen
+    later = later if ratio is None else later * ratio
+    return terms + later * (log_prob - log_prob.detach())
+
+
 def _rest(log_law: Tensor, chosen: Tensor) -> Tensor:
     return log_law.scatter(-1, chosen, -math.inf).logsumexp(-1, keepdim=True)
 
@@ -184,7 +220,7 @@ class KDRLOutput(NamedTuple):
 
 
 def kdrl_loss(
-    log_teacher: Tensor,
+    log_teacher: Tensor | None,
     log_student: Tensor,
     advantages: Tensor,
     mask: Tensor,
@@ -199,57 +235,80 @@ def kdrl_loss(
     most_log_ratio: float | None = None,
     count: Tensor | float | None = None,
     kept_count: Tensor | float | None = None,
+    divergences: Tensor | None = None,
 ) -> KDRLOutput:
     """The loss of a batch of the student's completions: log-probabilities and mask [B, T], advantages [B].
 
-    keep [B]: completions on which the teacher is heard (see `kd_mask`); its mean is over their tokens. old_log_prob: of
-    the policy that sampled, where several steps are taken; the clip is on the reward's part, and the teacher's carries
-    the ratio, at most 2. most_log_ratio: R is cut to at most this in size, for tokens that the teacher finds all but
-    impossible. count and kept_count: tokens that the two sums are divided by. Both parts are token means. ConfigError.
+    keep [B] or [B, T]: completions or tokens on which the teacher is heard (see `kd_mask`); its mean is over their
+    tokens. old_log_prob: of the policy that sampled, where several steps are taken; the clip is on the reward's part,
+    and the teacher's carries the ratio, at most 2. most_log_ratio: R is cut to at most this in size, for tokens that
+    the teacher finds all but impossible. count and kept_count: tokens that the two sums are divided by. divergences
+    [B, T]: of next-token laws (`reverse_kl_top_k`), in place of log_teacher, kind and most_log_ratio. Both parts are
+    token means. Raises ConfigError.
     """
     held = mask.bool()
-    teacher, student = (torch.where(held, x, 0.0) for x in (log_teacher, log_student))
-    if most_log_ratio is not None:
-        if not most_log_ratio > 0.0:
-            raise ConfigError(f"most_log_ratio is positive, or None for no limit, got {most_log_ratio}")
-        seen = student.detach()
-        teacher = seen + (teacher - seen).clamp(-most_log_ratio, most_log_ratio)
+    student = torch.where(held, log_student, 0.0)
     old = student.detach() if old_log_prob is None else torch.where(held, old_log_prob, 0.0)
-    heard = held if keep is None else held & keep.bool().unsqueeze(1)
-    bonus = advantages
-    if kind == "k1_reward":
-        reward = torch.where(heard, teacher - student.detach(), 0.0)
-        bonus = advantages.unsqueeze(1) + beta * reward
-    policy = clipped_policy_loss(student, old, bonus, mask, clip_low=clip_low, clip_high=clip_high, count=count)
+    heard = held if keep is None else held & (keep.bool() if keep.ndim == 2 else keep.bool().unsqueeze(1))
     ratio = None if old_log_prob is None else (student.detach() - old).exp().clamp(max=_MOST_RATIO)
-    terms = kd_terms(teacher, student, kind=kind, credit=credit, ratio=ratio, mask=held if credit != "token" else None)
+    bonus, later = advantages, held if credit != "token" else None
+    if divergences is not None:
+        if kind != "k2" or most_log_ratio is not None:
+            raise ConfigError("kind and most_log_ratio are of sampled tokens: with divergences leave them out")
+        terms = exact_kd_terms(divergences, student, credit=credit, ratio=ratio, mask=held)
+        gap = divergences.detach()
+    elif log_teacher is None:
+        raise ConfigError("the teacher's log-probabilities are missing, and so are divergences from it: give one")
+    else:
+        teacher = _teacher(torch.where(held, log_teacher, 0.0), student.detach(), most_log_ratio)
+        terms = kd_terms(teacher, student, kind=kind, credit=credit, ratio=ratio, mask=later)
+        gap = (student - teacher).detach()
+        if kind == "k1_reward":
+            bonus = advantages.unsqueeze(1) - beta * torch.where(heard, gap, 0.0)
+    policy = clipped_policy_loss(student, old, bonus, mask, clip_low=clip_low, clip_high=clip_high, count=count)
     distillation = reduce_tokens(terms, heard, "token-mean", count=kept_count)
     loss = policy if kind == "k1_reward" else policy + beta * distillation
-    divergence = reduce_tokens((student - teacher).detach(), held, "token-mean")
     share = heard.sum() / held.sum().clamp(min=1)
-    return KDRLOutput(loss, policy.detach(), distillation.detach(), divergence, share)
+    return KDRLOutput(loss, policy.detach(), distillation.detach(), reduce_tokens(gap, held, "token-mean"), share)
+
+
+def _teacher(log_teacher: Tensor, log_student: Tensor, most: float | None) -> Tensor:
+    """The teacher's log-probabilities no further than `most` from the student's."""
+    if most is None:
+        return log_teacher
+    if not most > 0.0:
+        raise ConfigError(f"most_log_ratio is positive, or None for no limit, got {most}")
+    return log_student + (log_teacher - log_student).clamp(-most, most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kdrl:
     """KDRL as a method of the room: the trainer's reference is the teacher.
 
-    schedule: the teacher's weight; kind, credit, keep: as in the module. shaping "loss" is the paper's; "reward" puts
-    beta R of the whole completion into its reward before the groups are normalised, which the paper found worse.
-    reinforced: False leaves the reward's part out, for distillation on the student's own samples alone (KD-RKL);
-    reward_from: the step from which it counts, so that with a schedule that switches to 0 there the student is
-    distilled first and reinforced then. most_log_ratio: see `kdrl_loss`. policy: the options of the reward's part,
-    without a penalty of its own. correct_from: rewards that count as right.
+    schedule: the teacher's weight at an optimiser step; kind, credit, keep: as in the module. divergence "sampled" is
+    the paper's, of the drawn tokens alone; "exact" and "top-k" compare the laws of all tokens or of the top_k likeliest
+    (see `reverse_kl_top_k`; support, tail), for which the teacher is at hand and costs its head once more backward.
+    shaping "loss" is the paper's; "reward" puts beta R of the whole completion into its reward before the groups are
+    normalised, which the paper found worse. reinforced: False leaves the reward's part out, for distillation on the
+    student's own samples alone (KD-RKL); reward_from: the step from which it counts, so that with a schedule that
+    switches to 0 there the student is distilled first and reinforced then. most_log_ratio: see `kdrl_loss`. unheard:
+    tokens on which the teacher is not heard, such as an end token that is not its own. policy: the options of the
+    reward's part, with its steps a batch, without a penalty of its own. correct_from: rewards that count as right.
     """
 
     schedule: BetaSchedule = field(default_factory=BetaSchedule)
     kind: Kind = "k2"
     credit: Literal["token", "return_to_go"] = "token"
+    divergence: Literal["sampled", "exact", "top-k"] = "sampled"
+    top_k: int | None = None
+    support: Literal["student", "teacher"] = "student"
+    tail: Literal["bucket", "renormalise"] = "bucket"
     keep: Keep = "none"
     shaping: Literal["loss", "reward"] = "loss"
     reinforced: bool = True
     reward_from: int = 0
     most_log_ratio: float | None = None
+    unheard: tuple[int, ...] = ()
     policy: Grpo = field(default_factory=Grpo)
     correct_from: float = 0.5
     needs_reference: bool = field(default=True, init=False)
@@ -270,13 +329,63 @@ class Kdrl:
             raise ConfigError(f"most_log_ratio is positive, or None for no limit, got {self.most_log_ratio}")
         if self.policy.beta:
             raise ConfigError("KDRL has no penalty to a reference: give a policy with beta=0")
+        self._check_divergence()
+
+    def _check_divergence(self) -> None:
+        if self.divergence not in ("sampled", "exact", "top-k"):
+            raise ConfigError(f"divergence is sampled, exact or top-k, not {self.divergence!r}")
+        if (self.divergence == "top-k") != (self.top_k is not None):
+            raise ConfigError(
+                f"top_k is the number of tokens that divergence top-k compares, got {self.top_k} for {self.divergence}"
+            )
+        if self.divergence != "top-k" and (self.support, self.tail) != ("student", "bucket"):
+            raise ConfigError(f"support and tail belong to divergence top-k, not to {self.divergence}")
+        if self.top_k is not None:
+            zeros = torch.zeros(1, max(self.top_k, 0) + 1)
+            reverse_kl_top_k(zeros, zeros, kept=self.top_k, support=self.support, tail=self.tail)
+        sampled = self.kind != "k2" or self.shaping == "reward" or self.most_log_ratio is not None
+        if self.divergence != "sampled" and sampled:
+            raise ConfigError(
+                f"kind, shaping and most_log_ratio are of sampled tokens, and divergence is {self.divergence}: leave "
+                "them out"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """How often the same completions are gone through."""
+        return self.policy.epochs
+
+    @property
+    def mini_batches(self) -> int:
+        """In how many parts each time."""
+        return self.policy.mini_batches
+
+    @property
+    def compares(self) -> RowDivergence | None:
+        """The divergence of next-token laws from logits (teacher's, student's), None where drawn tokens do."""
+        return None if self.divergence == "sampled" else self._compare
+
+    def _compare(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        if self.unheard:  # the laws of what is no such token
+            absent = torch.tensor(self.unheard, device=student_logits.device)
+            teacher_logits = teacher_logits.index_fill(-1, absent, -math.inf)
+            student_logits = student_logits.index_fill(-1, absent, -math.inf)
+        kept = None if self.top_k is None else min(self.top_k, student_logits.shape[-1])
+        return reverse_kl_top_k(teacher_logits, student_logits, kept=kept, support=self.support, tail=self.tail)
 
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
-        """Adds advantages [B], keep [B] and beta []."""
-        rewards, step = batch["rewards"], int(batch.get("step", 0))
+        """Adds advantages [B], heard [B, T], heard_share [], the share of its tokens, and beta [B]. DataError where no
+        token counts."""
+        rewards, mask, step = batch["rewards"], batch["completion_mask"].bool(), int(batch.get("step", 0))
+        if not mask.any():
+            raise DataError("no completion of the batch has a token that counts: there is nothing to learn from")
         beta = self.schedule(step)
+        heard = mask & kd_mask(rewards.view(-1, group) >= self.correct_from, mode=self.keep).reshape(-1, 1)
+        if self.unheard:
+            said = batch["input_ids"][:, -mask.shape[1] :]
+            heard = heard & ~torch.isin(said, torch.tensor(self.unheard, device=said.device))
         if self.shaping == "reward":
-            gap = torch.where(batch["completion_mask"], batch["reference_log_prob"] - batch["old_log_prob"], 0.0)
+            gap = torch.where(heard, batch["reference_log_prob"] - batch["old_log_prob"], 0.0)
             gap = gap if self.most_log_ratio is None else gap.clamp(-self.most_log_ratio, self.most_log_ratio)
             rewards = rewards + beta * gap.sum(1)
         advantages = grouped_advantages(
@@ -284,11 +393,19 @@ class Kdrl:
         )
         if not self.reinforced or step < self.reward_from:
             advantages = torch.zeros_like(advantages)
-        keep = kd_mask(batch["rewards"].view(-1, group) >= self.correct_from, mode=self.keep)
-        return {
-            **batch, "advantages": advantages.view(-1), "keep": keep.reshape(-1),
-            "beta": rewards.new_full((len(rewards),), beta),
-        }  # fmt: skip
+        found = {"advantages": advantages.view(-1), "heard": heard, "beta": rewards.new_full((len(rewards),), beta)}
+        return self.settle([{**batch, **found}], total=lambda counts: counts)[0]
+
+    def settle(
+        self, batches: Sequence[dict[str, Any]], *, total: Callable[[Tensor], Tensor]
+    ) -> list[dict[str, Any]]:
+        """The micro-batches of a step with the share of the whole step's tokens on which the teacher is heard, so that
+        its mean is over those of all micro-batches and processes; total: the sum over processes."""
+        counts = sum(
+            torch.stack([batch["heard"].sum(), batch["completion_mask"].bool().sum()]).double() for batch in batches
+        )
+        heard, held = total(counts)  # type: ignore[arg-type]
+        return [{**batch, "heard_share": heard / held.clamp(min=1.0)} for batch in batches]
 
     def count(self, batch: Batch) -> float:
         """Tokens."""
@@ -296,24 +413,17 @@ class Kdrl:
 
     def loss(self, log_prob: Tensor, batch: Batch, *, count: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
         """The joint loss."""
+        exact = self.divergence != "sampled"
         output = kdrl_loss(
-            batch["reference_log_prob"], log_prob, batch["advantages"], batch["completion_mask"],
-            beta=float(batch["beta"][0]) if self.shaping == "loss" else 0.0, kind=self.kind, keep=batch["keep"],
+            None if exact else batch["reference_log_prob"], log_prob, batch["advantages"], batch["completion_mask"],
+            beta=float(batch["beta"][0]) if self.shaping == "loss" else 0.0, kind=self.kind, keep=batch["heard"],
             old_log_prob=batch["old_log_prob"], clip_low=self.policy.clip_low, clip_high=self.policy.clip_high,
-            credit=self.credit, most_log_ratio=self.most_log_ratio, count=count, kept_count=self._kept(batch, count),
+            credit=self.credit, most_log_ratio=self.most_log_ratio, count=count,
+            kept_count=(count * batch["heard_share"]).clamp(min=1.0),
+            divergences=batch["teacher_divergence"] if exact else None,
         )  # fmt: skip
         metrics: Mapping[str, Tensor] = {
             "reward": batch["rewards"].float().mean(), "policy": output.policy, "distillation": output.distillation,
             "divergence": output.divergence, "kept": output.kept.float(), "beta": batch["beta"].float().mean(),
         }  # fmt: skip
         return output.loss, dict(metrics)
-
-    def _kept(self, batch: Batch, count: Tensor | float) -> Tensor | float:
-        """Tokens on which the teacher is heard in the whole accumulated batch, as this micro-batch lets one guess."""
-        if self.keep == "none":
-            return count
-        mask = batch["completion_mask"].bool()
-        heard = (mask & batch["keep"].bool().unsqueeze(1)).sum()
-        return torch.clamp(heard * (count / mask.sum().clamp(min=1)), min=1.0)
-
-

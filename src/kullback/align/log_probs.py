@@ -18,6 +18,7 @@ from kullback.models.heads import has_plain_head, replaced_head
 __all__ = [
     "TokenLogProbs",
     "completion_log_probs",
+    "completion_logits",
     "log_probs_from_hidden",
     "log_probs_from_logits",
     "sequence_log_probs",
@@ -98,25 +99,12 @@ def completion_log_probs(
     The model may be wrapped by DDP or FSDP; where its head is linear the logits are never held. vocabulary: only the
     first so many tokens of the head exist. With a gradient unless inside torch.no_grad().
     """
-    length = completion_mask.shape[1]
-    if not 0 < length < ids.shape[1] or attention_mask.shape != ids.shape or len(ids) != len(completion_mask):
-        shapes = f"{tuple(ids.shape)}, {tuple(attention_mask.shape)} and {tuple(completion_mask.shape)}"
-        raise ShapeError(f"ids and attention_mask are [B, P + T], completion_mask [B, T] with P > 0, got {shapes}")
+    _check_completions(ids, attention_mask, completion_mask)
     options: dict[str, Any] = {"mask": completion_mask, "temperature": temperature, "entropy": entropy}
+    given, length = (ids, attention_mask, completion_mask), completion_mask.shape[1]
     targets, bare = ids[:, -length:], getattr(model, "module", model)
-
-    def forward() -> Tensor:
-        found: Tensor = model(
-            input_ids=ids,
-            attention_mask=attention_mask.long(),
-            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=length + 1,
-        ).logits
-        return found
-
     if not has_plain_head(bare):
-        return log_probs_from_logits(forward()[:, -length - 1 : -1, :vocabulary], targets, **options)
+        return log_probs_from_logits(completion_logits(model, *given)[..., :vocabulary], targets, **options)
     head = bare.get_output_embeddings()
 
     def from_hidden(hidden: Tensor) -> Tensor:
@@ -126,7 +114,26 @@ def completion_log_probs(
         return torch.stack([part for part in found if part is not None], -1)
 
     with replaced_head(bare, from_hidden):
-        return TokenLogProbs(*forward().unbind(-1))
+        return TokenLogProbs(*completion_logits(model, *given, cut=False).unbind(-1))
+
+
+def completion_logits(
+    model: Any, ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *, cut: bool = True
+) -> Tensor:
+    """What the head gives for the last T tokens of ids [B, P + T], [B, T, V]; cut=False: for one token more.
+
+    Raises ShapeError as `completion_log_probs`.
+    """
+    _check_completions(ids, attention_mask, completion_mask)
+    length = completion_mask.shape[1]
+    found: Tensor = model(
+        input_ids=ids,
+        attention_mask=attention_mask.long(),
+        position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits
+    return found[:, -length - 1 : -1] if cut else found
 
 
 def sequence_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -138,6 +145,13 @@ def sequence_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
     if mask.shape != log_probs.shape:
         raise ShapeError(f"log_probs and mask are alike, got {tuple(log_probs.shape)} and {tuple(mask.shape)}")
     return torch.where(mask.bool(), log_probs, 0.0).sum(-1)
+
+
+def _check_completions(ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
+    fits = 0 < completion_mask.shape[1] < ids.shape[1] and len(ids) == len(completion_mask)
+    if not fits or attention_mask.shape != ids.shape:
+        shapes = f"{tuple(ids.shape)}, {tuple(attention_mask.shape)} and {tuple(completion_mask.shape)}"
+        raise ShapeError(f"ids and attention_mask are [B, P + T], completion_mask [B, T] with P > 0, got {shapes}")
 
 
 def _check(rows: torch.Size, ids: Tensor, mask: Tensor | None, temperature: float) -> None:

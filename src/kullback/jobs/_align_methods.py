@@ -204,12 +204,20 @@ def _nash_mp(
 def _kdrl(
     *, beta: float = 5e-3, beta_end: float = 1e-3, schedule: str = "constant", delta: float = 5e-5, steps: int = 100,
     kind: str = "k2", credit: str = "token", keep: str = "none", shaping: str = "loss", reinforced: bool = True,
-    reward_from: int = 0, most_log_ratio: float | None = None,
+    reward_from: int = 0, most_log_ratio: float | None = None, divergence: str = "sampled", top_k: int = 0,
+    support: str = "student", tail: str = "bucket", clip_low: float = 0.2, clip_high: float = 0.2,
+    scale: str = "group", baseline: str = "mean", epochs: int = 1, mini_batches: int = 1,
 ) -> Method:  # fmt: skip
     shape: Any = schedule
-    chosen: dict[str, Any] = {"kind": kind, "credit": credit, "keep": keep, "shaping": shaping}
-    chosen |= {"reinforced": reinforced, "reward_from": reward_from, "most_log_ratio": most_log_ratio}
-    return Kdrl(schedule=BetaSchedule(kind=shape, start=beta, end=beta_end, delta=delta, steps=steps), **chosen)
+    chosen: dict[str, Any] = {
+        "kind": kind, "credit": credit, "keep": keep, "shaping": shaping, "reinforced": reinforced,
+        "reward_from": reward_from, "most_log_ratio": most_log_ratio, "divergence": divergence, "top_k": top_k or None,
+        "support": support, "tail": tail,
+    }  # fmt: skip
+    part: dict[str, Any] = {"scale": scale, "baseline": baseline}
+    policy = Grpo(clip_low=clip_low, clip_high=clip_high, epochs=epochs, mini_batches=mini_batches, **part)
+    schedule_of = BetaSchedule(kind=shape, start=beta, end=beta_end, delta=delta, steps=steps)
+    return Kdrl(schedule=schedule_of, policy=policy, **chosen)
 
 
 def _dph(
