@@ -28,6 +28,33 @@ def test_rewards_of_tokens_sum_to_the_completion():
     assert found[1, 0].item() == pytest.approx(-2.0 - 0.3 * (policy - reference)[1, 0].item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rewards_of_tokens_see_nothing_outside_the_mask(dtype):
+    """NaN, infinities and -0.0 there become 0; masks with holes, of any kind, in any layout; rows without a token."""
+    draw = generator(1, "holes")
+    mask = torch.rand(9, 40, generator=draw) < 0.4
+    mask[3], mask[4], mask[5] = False, torch.arange(40) == 0, torch.arange(40) == 39
+    reference, policy = (torch.randn(9, 40, generator=draw).to(dtype) for _ in range(2))
+    rewards = torch.arange(1.0, 10.0)
+    rewards[3] = math.nan
+    expected = torch.zeros(9, 40, dtype=dtype)
+    for row, place in mask.nonzero().tolist():
+        expected[row, place] = (reference[row, place] - policy[row, place]) * 0.3
+    for row in (0, 1, 2, 4, 5, 6, 7, 8):
+        expected[row, int(mask[row].nonzero().max())] += rewards[row].to(dtype)
+    dirty = reference.clone()
+    dirty[~mask] = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=dtype).repeat(99)[: int((~mask).sum())]
+    for form in (mask, mask.long(), mask.T.contiguous().T):
+        found = shaped_rewards(dirty, policy, rewards, form, beta=0.3)
+        torch.testing.assert_close(found, expected)
+        assert not found[~mask].signbit().any()
+    careless = (dirty - policy) * -0.3 * mask
+    assert careless.isnan().any(), "a product with the mask would keep them"
+    longer = torch.zeros(1, 40_000)
+    found = shaped_rewards(longer, longer, torch.ones(1), torch.arange(40_000).unsqueeze(0) < 39_000, beta=0.3)
+    assert found.nonzero().tolist() == [[0, 38_999]]
+
+
 def test_only_k1_in_the_reward_descends_the_divergence():
     """What else is found there: k3 has the gradient of the difference of both KLs, the KL of a token's law has none."""
     reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()

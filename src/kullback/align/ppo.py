@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kullback.align.critic import CriticKind
 from kullback.align.log_probs import sequence_log_probs
@@ -44,23 +43,22 @@ def shaped_rewards(
     if rewards.shape != mask.shape[:1]:
         raise ShapeError(f"rewards are one a completion, [{len(mask)}], got {tuple(rewards.shape)}")
     held = mask.bool()
-    found = torch.where(held, reference_log_prob.detach() - log_prob.detach(), 0.0).mul_(beta)
-    last, some = _last_held(held)
-    return found.scatter_add_(1, last, torch.where(some, rewards.unsqueeze(1).to(found.dtype), 0.0))
+    found = torch.sub(reference_log_prob.detach(), log_prob.detach()).mul_(beta)
+    _cleared(found, held)
+    # The largest place that is held, counted from 1, in the narrowest type that has it: no search of bytes.
+    narrow = torch.int16 if held.shape[1] < 1 << 15 else torch.int32
+    ends = held.mul(torch.arange(1, held.shape[1] + 1, dtype=narrow, device=held.device)).amax(1, keepdim=True)
+    last, gained = (ends - 1).clamp_(min=0).long(), rewards.detach().unsqueeze(1).to(found)
+    return found.scatter_add_(1, last, gained.where(ends > 0, 0.0))
 
 
-def _last_held(held: Tensor) -> tuple[Tensor, Tensor]:
-    """The place [B, 1] of the last true entry of each row [B, T], and whether there is one.
-
-    Eight entries at a time, as one word: a search of bytes would take longer than all the rest.
-    """
-    missing = -held.shape[1] % 8
-    padded = (functional.pad(held, (0, missing)) if missing else held).contiguous()
-    words = padded.view(torch.int64).flip(1) != 0
-    word = words.shape[1] - 1 - words.view(torch.uint8).argmax(1, keepdim=True)
-    eight = padded.view(len(held), -1, 8).take_along_dim(word.unsqueeze(-1), 1).squeeze(1)
-    place = 7 - eight.flip(1).view(torch.uint8).argmax(1, keepdim=True)
-    return (8 * word + place).clamp(max=held.shape[1] - 1), eight.any(1, keepdim=True)
+def _cleared(values: Tensor, held: Tensor) -> None:
+    """Zero outside the mask, in place, NaN and infinities too: a product of bits, a fifth of the time of a choice."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size())
+    if whole is None:
+        values.masked_fill_(~held, 0.0)
+    else:
+        values.view(whole).mul_(held.to(whole))
 
 
 def generalised_advantages(
