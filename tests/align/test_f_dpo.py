@@ -286,6 +286,9 @@ def test_other_refusals():
         fdpo_loss(*REFERENCE, POLICY[0], POLICY[1, :2])
     with pytest.raises(ShapeError, match="pairs"):
         fdpo_loss(*torch.zeros(4, 0))
+    for whole in (torch.zeros(4, 3, 5), torch.zeros(4)):  # tokens, which are another objective, and no batch
+        with pytest.raises(ShapeError, match="sum over each one's tokens"):
+            fdpo_loss(*whole)
     with pytest.raises(ShapeError, match="the reference has shape"):
         fdpo_loss(REFERENCE[0, :2], REFERENCE[1], *POLICY)
     with pytest.raises(DataError, match="1 of 3 log-ratios"):

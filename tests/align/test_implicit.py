@@ -319,3 +319,61 @@ def test_what_is_refused(generator):
         matching_dual(EXPERT, REFERENCE[:2], beta=1.0, divergence=js)
     with pytest.raises(ConfigError, match="beta"):
         matching_dual(EXPERT, REFERENCE, beta=math.inf, divergence=js)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "tv"])
+def test_no_limit_of_the_weight_is_none_and_not_infinity(name):
+    """phi's straight continuation from infinitely far is no number."""
+    x = torch.linspace(-0.6, 3.0, 5)
+    with pytest.raises(ConfigError, match="largest_weight exceeds"):
+        phi_transform(x, divergence=matching_divergence(name), largest_weight=math.inf)
+    found, _ = phi_transform(x, divergence=matching_divergence(name), largest_weight=1e6)
+    whole, _ = phi_transform(x, divergence=matching_divergence(name), largest_weight=None)
+    torch.testing.assert_close(found, whole)
+
+
+def test_what_is_refused_of_values_and_drift():
+    tokens, mask = -torch.rand(3, 4), torch.ones(3, 4)
+    for start in (torch.zeros(2), torch.zeros(0)):
+        with pytest.raises(ShapeError, match="start is one value, or one for each of 3"):
+            prefix_values(tokens, tokens, mask, start=start)
+    for beta in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="beta is positive"):
+            prefix_values(tokens, tokens, mask, beta=beta)
+    with pytest.raises(DataError, match="infinite or NaN"):
+        prefix_values(torch.full((3, 4), -math.inf), tokens, mask)
+    with pytest.raises(DataError, match="there is none"):
+        drift_report(tokens, tokens, 0 * mask)
+    with pytest.raises(DataError, match="there is none"):
+        drift_report(tokens[:0], tokens[:0], mask[:0])
+    with pytest.raises(ShapeError, match="entropies are"):
+        drift_report(tokens, tokens, mask, entropy=torch.zeros(3))
+    with pytest.raises(DataError, match="some entropies"):
+        drift_report(tokens, tokens, mask, entropy=math.nan * tokens)
+    one = drift_report(tokens, tokens, torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]))
+    assert one["tokens"] == 1.0  # an empty completion counts, as one of no tokens
+
+
+def test_what_is_refused_of_matching_and_baselines():
+    js, tokens = matching_divergence("js"), -torch.rand(3, 4)
+    with pytest.raises(ShapeError, match="one or more"):
+        matching_dual(torch.zeros(2, 0), torch.zeros(2, 0), beta=1.0, divergence=js)
+    with pytest.raises(ShapeError, match="do not pair up"):
+        matching_dual(EXPERT.expand(2, 3), REFERENCE.expand(4, 3), beta=1.0, divergence=js)
+    for pair in ((EXPERT + 1.0, REFERENCE), (EXPERT, torch.zeros(3))):  # logits in the place of log-probabilities
+        with pytest.raises(DataError, match="do not sum to 1"):
+            matching_optimum(*pair, beta=1.0, divergence=js)
+    half = matching_optimum(EXPERT.bfloat16(), REFERENCE.half(), beta=1.0, divergence=js)
+    assert (half.exp() - torch.tensor(CARD["js"][0], dtype=torch.float64)).abs().max() < 1e-2
+    with pytest.raises(DataError, match="the baseline is nan"):
+        fsft_loss(tokens, tokens, torch.ones(3, 4), divergence=js, baseline=torch.tensor(math.nan))
+
+
+def test_a_batch_without_tokens_leaves_the_learned_baseline(generator):
+    reference, policy, mask = batch(generator)
+    method = FSFT(divergence=matching_divergence("js"), beta=0.2, baseline="learned", level="token")
+    given = {"completion_mask": 0 * mask, "reference_log_prob": reference}
+    loss, seen = method.loss(policy, given, count=1.0)
+    assert loss.item() == 0.0
+    assert not seen
+    assert method.state_dict() == {"baseline": 0.0}

@@ -119,3 +119,8 @@ def test_what_is_refused():
         pipeline(learning_rate=0.0)
     with pytest.raises(ConfigError, match="positive learning rate"):
         pipeline(steps=0)
+    with pytest.raises(ConfigError, match="whole number of steps"):
+        pipeline(steps=2.5)
+    for name in ("", "../sft", "sft/"):
+        with pytest.raises(ConfigError, match="without a slash"):
+            Stage(name=name, method=Supervised(), learning_rate=0.1, steps=1)

@@ -160,6 +160,13 @@ def test_outcomes_without_mass_and_chi_squared():
     assert chi.log_policy[2] == -math.inf
 
 
+def test_no_problems_have_no_optima():
+    for divergence in FAMILY:
+        found = f_regularised_policy(torch.zeros(0, 3), torch.zeros(0, 3), divergence=divergence, beta=1.0)
+        assert found.log_policy.shape == (0, 3)
+        assert found.multiplier.shape == (0,)
+
+
 def test_what_is_refused():
     kl = paper_divergence("forward_kl")
     with pytest.raises(ConfigError, match="beta"):

@@ -127,6 +127,8 @@ def test_the_pipeline_inside_the_trainer(tmp_path):
         sft=Stage(name="sft", method=Supervised(), learning_rate=1e-2, steps=10),
         preference=Stage(name="dpo", method=Preference(options=FDPOLoss(beta=0.5)), learning_rate=5e-3, steps=6),
     )
+    with pytest.raises(ConfigError, match="stage 'sft' has no data set: there are 'dpo'"):
+        pipeline.run(policy, trained_by_trainer(arguments, {"dpo": pairs}, collate))
     found = pipeline.run(policy, train, measure=lambda base, now: {"kl": moved(now)})
     assert [name for name, *_ in seen] == ["sft"] * 10 + ["dpo"] * 6
     assert all(rate == pytest.approx(2e-3 if name == "sft" else 5e-3) for name, rate, _ in seen)

@@ -219,11 +219,13 @@ class FDPOLoss:
 
         lengths: tokens [B] of the chosen and of the rejected completions, by which their scores are divided (the form
         of IPO that its authors report); without it scores are those of whole completions.
-        Raises ShapeError for shapes that differ or an empty batch, DataError for NaN.
+        Raises ShapeError for shapes that differ, an empty batch or log-probabilities of tokens, DataError for NaN.
         """
+        shapes = f"{tuple(policy_chosen.shape)} and {tuple(policy_rejected.shape)}"
         if policy_chosen.shape != policy_rejected.shape or not policy_chosen.numel():
-            shapes = f"{tuple(policy_chosen.shape)} and {tuple(policy_rejected.shape)}"
             raise ShapeError(f"chosen and rejected come in pairs, at least one, got shapes {shapes}")
+        if policy_chosen.ndim != 1:
+            raise ShapeError(f"f-DPO compares whole completions, [B], got {shapes}: sum over each one's tokens first")
         chosen = _log_ratio(reference_chosen, policy_chosen, "chosen")
         rejected = _log_ratio(reference_rejected, policy_rejected, "rejected")
         score_chosen, score_rejected = (_score(self.used, d, self.steepest) for d in (chosen, rejected))

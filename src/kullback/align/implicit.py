@@ -76,8 +76,8 @@ def phi_transform(
     >>> phi_transform(torch.tensor([-0.5, 0.0, 1.0]), divergence=matching_divergence("hellinger"))
     (tensor([-1.0000,  0.0000,  0.5000]), tensor([4.0000, 1.0000, 0.2500]))
     """
-    if largest_weight is not None and not largest_weight > 1.0:
-        raise ConfigError(f"largest_weight exceeds the weight 1 that phi has at 0, got {largest_weight}")
+    if largest_weight is not None and not 1.0 < largest_weight < math.inf:
+        raise ConfigError(f"largest_weight exceeds 1, phi's weight at 0, or is None, got {largest_weight}")
     if divergence.name == "total_variation":
         return x, torch.ones_like(x)
     if largest_weight is None:
@@ -164,6 +164,8 @@ def _baseline(
     if isinstance(baseline, Tensor):
         if baseline.ndim:
             raise ShapeError(f"the baseline is one number for all, got shape {tuple(baseline.shape)}")
+        if not baseline.isfinite():
+            raise DataError(f"the baseline is {baseline.item()}: start it at 0 and let it learn more slowly")
         return baseline
     if baseline != "profile":
         raise ConfigError(f'baseline is "zero", "profile" or a scalar tensor, not {baseline!r}')
@@ -225,11 +227,11 @@ class FSFT:
         reference = batch["reference_log_prob"] if self.needs_reference else None
         output = self._of(reference, log_prob, mask)
         kept = mask.bool() if self.level == "token" else torch.ones_like(output.x, dtype=torch.bool)
-        if not self.needs_reference or not kept.any():
-            return output.loss.sum() / count, {}
         x, weight = output.x[kept], output.weight[kept]
         if self.baseline == "learned" and log_prob.requires_grad and torch.is_grad_enabled():
             self.learned.add_(self.baseline_rate * (_mean_of_all(weight) - 1.0))
+        if not self.needs_reference or not len(x):
+            return output.loss.sum() / count, {}
         seen = {"baseline": output.baseline} if self.baseline != "zero" else {}
         seen |= {"x": x.mean(), "weight": weight.mean(), "weight/least": weight.min(), "weight/largest": weight.max()}
         return output.loss.sum() / count, seen
@@ -244,11 +246,11 @@ class FSFT:
 
 
 def _mean_of_all(weight: Tensor) -> float:
-    """The mean over this batch on all processes, so that all of them keep one baseline."""
+    """The mean over this batch on all processes, so that all of them keep one baseline; 1 for no weight at all."""
     sums = torch.stack([weight.double().sum(), torch.tensor(float(weight.numel()), device=weight.device).double()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    return float(sums[0] / sums[1])
+    return float(sums[0] / sums[1]) if sums[1] else 1.0
 
 
 def prefix_values(
@@ -258,6 +260,7 @@ def prefix_values(
 
     The last is V(x) plus the implicit reward, which is the outcome's reward where policy and reference are optimal and
     prior. Only differences inside a prompt are known: logits alone give values up to a shift for each state.
+    Raises ShapeError, ConfigError for beta <= 0, DataError for log-ratios that are infinite or NaN.
 
     >>> log_reference, log_policy = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-0.5, -2.0]])
     >>> prefix_values(log_reference, log_policy, torch.ones(1, 2))
@@ -266,8 +269,15 @@ def prefix_values(
     if not log_policy.shape == log_reference.shape == mask.shape or log_policy.ndim != 2:
         shapes = f"{tuple(log_reference.shape)}, {tuple(log_policy.shape)} and {tuple(mask.shape)}"
         raise ShapeError(f"log-probabilities of both models and the mask are [B, T], got {shapes}")
+    if not (beta > 0.0 and math.isfinite(beta)):
+        raise ConfigError(f"beta is positive and finite, not {beta}")
     gained = torch.where(mask.bool(), beta * (log_policy - log_reference), 0.0).cumsum(-1)
-    return torch.nn.functional.pad(gained, (1, 0)) + torch.as_tensor(start, device=gained.device).reshape(-1, 1)
+    if not gained.isfinite().all():
+        raise DataError("some log-ratios inside the mask are infinite or NaN: look at both models' outputs")
+    first = torch.as_tensor(start, device=gained.device).reshape(-1, 1)
+    if len(first) not in (1, len(gained)):
+        raise ShapeError(f"start is one value, or one for each of {len(gained)} completions, got {len(first)}")
+    return torch.nn.functional.pad(gained, (1, 0)) + first
 
 
 def implicit_reward_accuracy(
@@ -295,13 +305,17 @@ def drift_report(
 
     kl and kl_error: KL(policy||reference) of whole completions with its standard error, the mean of the log-ratio;
     kl_token: a token; tokens: mean length; entropy: of whole completions, from the entropies [B, T] of next tokens
-    where they are given, else from -log policy.
+    where they are given, else from -log policy. Raises ShapeError, and DataError for NaN or where there is no token.
     """
     ratio = prefix_values(log_reference, log_policy, mask)[:, -1].double()
-    if not len(ratio) or not ratio.isfinite().all():
-        raise DataError("drift is measured on one completion or more, with finite log-probabilities")
+    count = mask.bool().sum()
+    if not count:
+        raise DataError("drift is measured on the tokens of completions, and there is none: sample some first")
     spread = -log_policy if entropy is None else entropy
-    count = mask.bool().sum().clamp(min=1)
+    if spread.shape != mask.shape:
+        raise ShapeError(f"entropies are {tuple(mask.shape)} as the log-probabilities, got {tuple(spread.shape)}")
+    if not spread[mask.bool()].isfinite().all():
+        raise DataError("some entropies inside the mask are infinite or NaN: look at the policy's outputs")
     return {
         "kl": ratio.mean().item(),
         "kl_error": (ratio.std() / math.sqrt(len(ratio))).item() if len(ratio) > 1 else math.nan,

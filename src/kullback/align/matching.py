@@ -24,6 +24,7 @@ from kullback.divergences import FDivergence, kl
 __all__ = ["Matching", "matching_dual", "matching_optimum"]
 
 _STEPS = 200
+_ROUNDING = 1e-2  # of the logarithm of a sum of probabilities, as of half precision
 _ENTRIES = 1 << 15  # of a block of problems, which so stays in the caches
 
 
@@ -42,7 +43,7 @@ def matching_dual(
     """The optimum of D(demonstrator||policy) + beta KL(policy||reference), its reward and its value.
 
     log_demonstrator and log_reference [..., Y], with mass everywhere; divergence None is maximum likelihood. Raises
-    ConfigError for beta <= 0, ShapeError, and DataError where a probability is 0 or NaN.
+    ConfigError for beta <= 0, ShapeError, and DataError where a probability is 0 or NaN or they do not sum to 1.
 
     >>> from kullback.divergences import f_divergence
     >>> demonstrator, reference = torch.tensor([0.2, 0.3, 0.5]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
@@ -52,12 +53,7 @@ def matching_dual(
     """
     if not (beta > 0.0 and math.isfinite(beta)):
         raise ConfigError(f"beta is positive and finite, not {beta}")
-    if log_demonstrator.shape[-1:] != log_reference.shape[-1:] or log_reference.ndim < 1:
-        shapes = f"{tuple(log_demonstrator.shape)} and {tuple(log_reference.shape)}"
-        raise ShapeError(f"demonstrator and reference have the same outcomes, got shapes {shapes}")
-    log_e, log_p = torch.broadcast_tensors(log_demonstrator.double(), log_reference.double())
-    if not (log_e.isfinite().all() and log_p.isfinite().all()):
-        raise DataError("demonstrator and reference must have mass everywhere: leave out or smooth what has none")
+    log_e, log_p = _checked(log_demonstrator, log_reference)
     if divergence is None:
         return Matching(beta * (log_e - log_p), log_e, beta * kl(log_e, log_p))
     log_policy, multiplier = torch.empty_like(log_e.contiguous()), log_e.new_empty(log_e.shape[:-1])
@@ -68,6 +64,23 @@ def matching_dual(
         found.copy_(solved[0]), place.copy_(solved[1])
     reward = beta * (log_policy - log_p) - multiplier.unsqueeze(-1)
     return Matching(reward, log_policy, divergence(log_e, log_policy) + beta * kl(log_policy, log_p))
+
+
+def _checked(log_demonstrator: Tensor, log_reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64 and of one shape."""
+    shapes = f"{tuple(log_demonstrator.shape)} and {tuple(log_reference.shape)}"
+    if log_demonstrator.shape[-1:] != log_reference.shape[-1:] or not log_reference.shape[-1:].numel():
+        raise ShapeError(f"demonstrator and reference have the same outcomes, one or more, got shapes {shapes}")
+    try:
+        log_e, log_p = torch.broadcast_tensors(log_demonstrator.double(), log_reference.double())
+    except RuntimeError as error:
+        raise ShapeError(f"demonstrators and references do not pair up in shapes {shapes}: give one of each") from error
+    for name, given in (("demonstrator", log_demonstrator), ("reference", log_reference)):
+        if not given.isfinite().all():
+            raise DataError(f"the {name} must have mass everywhere: leave out or smooth what has none")
+        if given.numel() and given.double().logsumexp(-1).abs().max() > _ROUNDING:
+            raise DataError(f"the {name}'s probabilities do not sum to 1: apply log_softmax to the logits first")
+    return log_e, log_p
 
 
 def matching_optimum(

@@ -35,10 +35,13 @@ class Stage:
     steps: int
 
     def __post_init__(self) -> None:
-        if not (0.0 < self.learning_rate < float("inf")) or self.steps < 1:
+        if not (0.0 < self.learning_rate < float("inf")) or self.steps < 1 or self.steps != int(self.steps):
             raise ConfigError(
-                f"a stage has a positive learning rate and a step at least, got {self.learning_rate} and {self.steps}"
+                f"a stage has a positive learning rate and a whole number of steps, one at least, got "
+                f"{self.learning_rate} and {self.steps}"
             )
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigError(f"a stage's name is also its folder's, without a slash, not {self.name!r}")
 
 
 class TrainStage(Protocol):

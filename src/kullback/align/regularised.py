@@ -77,7 +77,7 @@ def f_regularised_policy(
     log_reference, reward = log_reference.reshape(-1, shape[-1]), reward.reshape(-1, shape[-1])
     log_policy = torch.empty(log_reference.shape, dtype=torch.float64, device=reward.device)
     multiplier = log_policy.new_empty(len(log_policy))
-    for part in torch.arange(len(log_policy)).split(max(_ENTRIES // shape[-1], 1)):
+    for part in torch.arange(len(log_policy)).split(max(_ENTRIES // shape[-1], 1)) if len(log_policy) else ():
         rows = slice(int(part[0]), int(part[-1]) + 1)
         log_p, y = log_reference[rows].double(), reward[rows].double() / beta
         log_policy[rows], multiplier[rows] = _optimum(divergence, log_p, y, tolerance)
