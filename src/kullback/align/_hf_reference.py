@@ -12,9 +12,17 @@ from torch import Tensor
 from kullback.align.compared import TeacherStates, teacher_states
 from kullback.align.log_probs import completion_log_probs
 from kullback.core.errors import ConfigError
+from kullback.decode.served import ServedScorer
 
-__all__ = ["LocalReference", "Reference", "adapter_reference", "check_reference",
-           "check_temperatures", "frozen_reference"]  # fmt: skip
+__all__ = [
+    "LocalReference",
+    "Reference",
+    "ServedReference",
+    "adapter_reference",
+    "check_reference",
+    "check_temperatures",
+    "frozen_reference",
+]
 
 # (ids [B, L + T], attention_mask [B, L + T], completion_mask [B, T]) -> log-probabilities [B, T]; with `temperature`,
 # that at which it speaks, and `states`, what it says of all tokens, where it can: see LocalReference
@@ -66,6 +74,27 @@ def frozen_reference(model: Any, *, temperature: float = 1.0, vocabulary: int | 
 def adapter_reference(model: Any, *, temperature: float = 1.0, vocabulary: int | None = None) -> LocalReference:
     """The log-probabilities of a model with its adapters switched off, which needs no second model."""
     return LocalReference(model, temperature=temperature, vocabulary=vocabulary, adapters=True)
+
+
+class ServedReference:
+    """A model behind an OpenAI-compatible server, asked for the log-probabilities of given tokens at temperature 1.
+
+    url and options as of `decode.served.ServedScorer`; what it says of all other tokens it does not tell.
+    """
+
+    temperature = 1.0
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.scorer = ServedScorer(url, **options)
+
+    def __call__(self, ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+        found = torch.zeros(completion_mask.shape)
+        rows = [row[held].tolist() for row, held in zip(ids.cpu(), attention_mask.bool().cpu(), strict=True)]
+        for place, (values, held) in enumerate(zip(self.scorer(rows), completion_mask.bool().cpu(), strict=True)):
+            count = int(held.sum())
+            if count:
+                found[place, held] = torch.tensor(values[-count:])
+        return found.to(ids.device)
 
 
 def check_reference(method: Any, reference: Reference | None) -> None:

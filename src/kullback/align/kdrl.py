@@ -293,7 +293,7 @@ class Kdrl:
     student's own samples alone (KD-RKL); reward_from: the step from which it counts, so that with a schedule that
     switches to 0 there the student is distilled first and reinforced then. most_log_ratio: see `kdrl_loss`. unheard:
     tokens on which the teacher is not heard, such as an end token that is not its own. policy: the options of the
-    reward's part, with its steps a batch, without a penalty of its own. correct_from: rewards that count as right.
+    reward's part, with its steps a batch, without a penalty of its own. correct_over: a larger reward counts as right.
     """
 
     schedule: BetaSchedule = field(default_factory=BetaSchedule)
@@ -310,7 +310,7 @@ class Kdrl:
     most_log_ratio: float | None = None
     unheard: tuple[int, ...] = ()
     policy: Grpo = field(default_factory=Grpo)
-    correct_from: float = 0.5
+    correct_over: float = 0.5
     needs_reference: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -380,7 +380,7 @@ class Kdrl:
         if not mask.any():
             raise DataError("no completion of the batch has a token that counts: there is nothing to learn from")
         beta = self.schedule(step)
-        heard = mask & kd_mask(rewards.view(-1, group) >= self.correct_from, mode=self.keep).reshape(-1, 1)
+        heard = mask & kd_mask(rewards.view(-1, group) > self.correct_over, mode=self.keep).reshape(-1, 1)
         if self.unheard:
             said = batch["input_ids"][:, -mask.shape[1] :]
             heard = heard & ~torch.isin(said, torch.tensor(self.unheard, device=said.device))

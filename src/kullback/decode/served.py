@@ -1,4 +1,4 @@
-"""Completions drawn by an OpenAI-compatible server, with the log-probabilities it drew them at."""
+"""Completions drawn by an OpenAI-compatible server, and given texts scored by one, with log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kullback.core.errors import DataError
 from kullback.core.server import CompletionServer, token_number
 from kullback.decode.ancestral import Drawn
 
-__all__ = ["ServedSampler"]
+__all__ = ["ServedSampler", "ServedScorer"]
 
 
 class ServedSampler:
@@ -56,3 +56,43 @@ class ServedSampler:
                 "that it accepts logprobs=1 and return_tokens_as_token_ids"
             )
         return [token_number(str(name)) for name in names], [float(value) for value in values]
+
+
+class ServedScorer:
+    """A server that is asked how probable it finds each token of given texts; options as of CompletionServer.
+
+    It echoes prompts of token ids, with `logprobs.token_logprobs`, or with `prompt_logprobs` that hold the token that
+    is there. batch: texts a request. Raises DataError when it cannot be reached or answers without them.
+    """
+
+    def __init__(
+        self, url: str, *, model: str = "", timeout: float = 600.0, retries: int = 3, batch: int = 256
+    ) -> None:
+        self.server = CompletionServer(url, model=model, timeout=timeout, retries=retries)
+        self.batch = batch
+
+    def __call__(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities of every token but the first of each text, in their order; at least -10000."""
+        found: list[list[float]] = []
+        for start in range(0, len(texts), self.batch):
+            some = [list(text) for text in texts[start : start + self.batch]]
+            body = {
+                "prompt": some, "max_tokens": 1, "echo": True, "temperature": 1.0, "logprobs": 1, "prompt_logprobs": 1,
+                "return_tokens_as_token_ids": True,
+            }  # fmt: skip
+            choices = self.server.completions(body, prompts=len(some))
+            found += [self._row(choice, text) for choice, text in zip(choices, some, strict=True)]
+        return found
+
+    def _row(self, choice: Mapping[str, Any], text: list[int]) -> list[float]:
+        echoed = (choice.get("logprobs") or {}).get("token_logprobs")
+        if choice.get("prompt_logprobs") is not None:
+            said = [{int(token): one["logprob"] for token, one in (e or {}).items()} for e in choice["prompt_logprobs"]]
+            echoed = [entry.get(token) for entry, token in zip(said, text, strict=False)]
+        values = [] if echoed is None else [value for value in echoed[1 : len(text)] if value is not None]
+        if len(values) != len(text) - 1:
+            raise DataError(
+                f"{self.server.url} answers without the log-probability of every token of a text: start the server so "
+                "that it accepts echo with logprobs, or prompt_logprobs"
+            )
+        return [max(float(value), -1e4) for value in values]

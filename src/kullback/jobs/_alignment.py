@@ -21,6 +21,7 @@ from kullback.decode.served import ServedSampler
 from kullback.jobs._align_cuts import CutRollouts, said_of_examples
 from kullback.jobs._align_data import Examples, collator, read_split
 from kullback.jobs._align_methods import chosen_method
+from kullback.jobs._align_reference import check_served, served_reference, with_teacher
 from kullback.jobs._align_rehearsal import rehearsed
 from kullback.jobs._align_report import METRICS, write_report
 from kullback.jobs._align_rewards import EqualRewards, chosen_reward
@@ -80,6 +81,8 @@ class Alignment:
         self.examples, self.validation_examples = training, validation
         # So that what is wrong with the model is said before anything is written.
         self._check_positions(self.policy(config.seeds[0]))
+        self.reference_server = served_reference(config.reference)
+        self.reference_ends: list[int] = []  # the end tokens of the references' own
         self.reference_model = self._reference_model()
         self.server = ServedSampler(config.sampling.server) if config.sampling.server else None
         self.run = start_run(self.state, out, config, kind="align", resume=resume)
@@ -134,13 +137,19 @@ class Alignment:
     def reference_of(self, policy: Any) -> Reference:
         """The log-probabilities of the reference: a model of its own, or the policy with its adapters off."""
         options: dict[str, Any] = {"temperature": self._temperature(), "vocabulary": len(self.tokenizer)}
+        if self.reference_server is not None:
+            return self.reference_server
         if self.reference_model is None:
             return adapter_reference(policy, **options)
         return frozen_reference(self.reference_model, **options)
 
     def trainer(self, part: Part, run: Run) -> _Trainer:
         choice = chosen_method(part.method)
-        method, policy, online = choice.method, self.policy(part.seed), self.kind == "online"
+        policy, online = self.policy(part.seed), self.kind == "online"
+        end, correct = self.tokenizer.eos_token_id, part.reward.correct
+        method = with_teacher(choice.method, correct=correct, end=end, ends=self.reference_ends)
+        if getattr(method, "unheard", ()):
+            self._note(run, "end", "the teacher's texts end with another token: it is not heard where the model ends")
         if self.server is not None and isinstance(method, FDpg):
             method = replace(method, proposal="given")
         prompts: Sequence[int] = range(len(self.examples))
@@ -225,9 +234,11 @@ class Alignment:
             difficulty_filter(keep)
         if self.config.sampling.server and self.kind != "online":
             raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.server out")
-        self._check_drawing(chosen_method(self.config.method).method)
+        method = chosen_method(self.config.method).method
+        self._check_drawing(method)
+        check_served(self.config, method)
         if self.config.method.name == "kdrl" and not self.config.reference:
-            raise ConfigError("kdrl learns from a teacher as well: name its directory as the reference")
+            raise ConfigError("kdrl learns from a teacher as well: name it as the reference")
         if self.config.method.name == "salsa" and len(self.config.reference) < 2:
             raise ConfigError("salsa has the average of several fine-tuned models as reference: name two or more")
 
@@ -268,11 +279,14 @@ class Alignment:
     def _reference_model(self) -> Any:
         """The model of the reference; None for the policy with its adapters off."""
         folders = self.config.reference
+        if self.reference_server is not None:
+            return None
         if not folders:
             return None if self.config.lora.rank else load_model(self.folder, role="reference")
         for folder in folders:
             tokenizer = load_tokenizer(folder, role="reference")
             check_same_tokenizer(tokenizer, self.tokenizer, roles=("reference", "model"))
+            self.reference_ends.append(tokenizer.eos_token_id)
         check_one_base(folders)
         models = [load_model(folder, role="reference") for folder in folders]
         if len(models) > 1:
