@@ -43,6 +43,7 @@ from kullback.align.implicit import (
     prefix_values,
 )
 from kullback.align.kdrl import BetaSchedule, Kdrl, kd_mask, kd_terms, kdrl_loss, reverse_kl_top_k
+from kullback.align.least_squares import SquaredTargets, squared_targets_loss
 from kullback.align.log_probs import (
     TokenLogProbs,
     completion_log_probs,
@@ -184,6 +185,7 @@ __all__ = [
     "Rollouts",
     "RunningBaseline",
     "ScoredRollouts",
+    "SquaredTargets",
     "Stage",
     "StarvationWarning",
     "StatefulMethod",
@@ -287,6 +289,7 @@ __all__ = [
     "soup_gain",
     "soup_state_dict",
     "span_seminorm",
+    "squared_targets_loss",
     "suffix_move",
     "target_divergence",
     "tilt",

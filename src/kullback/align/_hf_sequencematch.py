@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from kullback.align.least_squares import SquaredTargets, squared_targets_loss
 from kullback.align.sequencematch import Divergence, SequenceMatchOutput, policy_entropy, sequencematch_loss
 from kullback.core.errors import ConfigError
 from kullback.core.rng import generator
@@ -31,7 +32,8 @@ class SequenceMatchSettings:
     steps between new trajectories, samples of `length` visible tokens each time, of which `kept` stay in the buffer;
     nll_share: of the likelihood in the loss at the end, from 1 at the first step, linearly over the first half;
     terminal: what follows the action `end` ("zero" or "absorbing", see `sequencematch`); without an end all windows are
-    cut. Raises ConfigError for values out of range.
+    cut; squared: the loss is that of `least_squares`, by these targets, in place of the divergence. Raises ConfigError
+    for values out of range.
     """
 
     noise: float = 0.1
@@ -46,6 +48,7 @@ class SequenceMatchSettings:
     length: int = 40
     terminal: Literal["zero", "absorbing"] = "zero"
     end: int | None = None
+    squared: SquaredTargets | None = None
 
     def __post_init__(self) -> None:
         if min(self.refresh_every, self.samples, self.length) < 1 or self.kept < self.samples:
@@ -117,7 +120,7 @@ class SequenceMatchTrainer(Trainer):
         self.buffer: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
-        if settings.terminal == "absorbing":
+        if settings.terminal == "absorbing" and settings.squared is None:
             policy: Any = self.model
             weight = next(policy.parameters())
             policy.register_parameter("end_value", torch.nn.Parameter(weight.new_zeros((), dtype=torch.float32)))
@@ -138,13 +141,17 @@ class SequenceMatchTrainer(Trainer):
         data = backspace_layout(actions, backspace=self.backspace, begin=self.begin, weights=weights)
         own = backspace_layout(self._sampled(len(ids), draw), backspace=self.backspace, begin=self.begin)
         logits = layout_logits(model, data)
-        output = sequencematch_loss(
-            logits, data, layout_logits(model, own), own, backspace=self.backspace,
-            alpha=options.alpha, gamma=options.gamma, divergence=options.divergence, end=options.end,
-            terminal="bootstrap" if options.end is None else options.terminal,
-            end_value=getattr(self.accelerator.unwrap_model(model), "end_value", None),
-            nll_share=options.share(step, self.state.max_steps),
-        )  # fmt: skip
+        streams = (logits, data, layout_logits(model, own), own)
+        shared: dict[str, Any] = {
+            "backspace": self.backspace, "alpha": options.alpha, "gamma": options.gamma, "end": options.end,
+            "terminal": "bootstrap" if options.end is None else options.terminal,
+            "nll_share": options.share(step, self.state.max_steps),
+        }  # fmt: skip
+        if options.squared is None:
+            end_value = getattr(self.accelerator.unwrap_model(model), "end_value", None)
+            output = sequencematch_loss(*streams, divergence=options.divergence, end_value=end_value, **shared)
+        else:
+            output = squared_targets_loss(*streams, targets=options.squared, **shared)
         if model.training:
             self._listen(output, policy_entropy(logits, data))
         return (output.loss, {}) if return_outputs else output.loss
