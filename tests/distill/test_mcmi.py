@@ -255,6 +255,44 @@ def test_empty_classes_and_effective_dimension(generator):
     assert effective_dimension(plane, torch.zeros(4000).long()).item() == pytest.approx(4.0, rel=0.02)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_compiled_meter_is_its_twin(generator, temperature):
+    pytest.importorskip("numba")
+    for n, classes in ((50, 2), (300, 7), (40, 67)):
+        logits, labels = random_case(generator, n, classes, scale=4.0)
+        logits[3, (labels[3] + 1) % classes], labels[5] = -torch.inf, -100
+        groups = labels.clamp(min=0) % 2
+        options = {"num_groups": 2, "temperature": temperature}
+        found, twin = (
+            CMIMeter(classes, **options, compiled=compiled).update(logits.float(), labels, groups)
+            for compiled in (True, False)
+        )
+        exact = CMIMeter(classes, **options).update(logits, labels, groups)
+        assert found.accuracy == twin.accuracy == exact.accuracy
+        for meter in (found, twin):
+            for name in ("cmi", "mean_cross_entropy"):
+                assert getattr(meter, name) == pytest.approx(getattr(exact, name), rel=1e-5, abs=1e-7)
+            torch.testing.assert_close(meter.centroids(), exact.centroids(), rtol=0, atol=3e-7)
+        unlike = CMIMeter(classes, num_groups=2, temperature=2 * temperature).update(logits.float(), labels, groups)
+        assert unlike.cmi != pytest.approx(exact.cmi, rel=1e-5, abs=1e-7)
+    ties = torch.randint(0, 3, (300, 6), generator=generator).float()
+    labels = torch.randint(6, (300,), generator=generator)
+    one, other = (CMIMeter(6, separation=True, compiled=c).update(ties, labels) for c in (True, False))
+    assert one.accuracy == other.accuracy == (ties.argmax(-1) == labels).double().mean().item()
+    assert one.separation == pytest.approx(other.separation, rel=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [None, False])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_meter_refuses_logits_of_a_diverged_model(compiled, wrong):
+    logits = PROBS.log().float()
+    logits[2, 1] = wrong
+    with pytest.raises(DataError, match="diverged"):
+        CMIMeter(3, compiled=compiled).update(logits, LABELS)
+    with pytest.raises(DataError, match="diverged"):
+        CMIMeter(3, compiled=compiled).update(torch.full((1, 3), -math.inf), LABELS[:1])
+
+
 def test_what_is_refused():
     logits, centroids = PROBS.log(), class_centroids(PROBS, LABELS, 3)
     with pytest.raises(ConfigError, match="0 or more"):
