@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kullback.core.errors import ConfigError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.distill.sinkd import gather_rows
 from kullback.divergences.cauchy_schwarz_samples import conditional_cs, cs_qmi_normalized, median_bandwidth
 
@@ -33,16 +33,22 @@ RegressionLoss = Callable[[Tensor, Tensor], Tensor]
 def bandwidth_of(rows: Tensor, kind: Bandwidth) -> float:
     """The bandwidth for rows [n, d]: a number as it is, "sqrt_d" the root of d, "median" the median distance.
 
+    Raises ConfigError for another word or number, and with "median" what `median_bandwidth` raises.
+
     >>> bandwidth_of(torch.zeros(5, 9), "sqrt_d"), bandwidth_of(torch.zeros(5, 9), 0.5)
     (3.0, 0.5)
     """
+    _check_bandwidth(kind)
     if kind == "sqrt_d":
         return math.sqrt(rows.shape[-1])
     if kind == "median":
         return median_bandwidth(rows.reshape(-1, rows.shape[-1]))
-    if isinstance(kind, str) or not kind > 0.0:
-        raise ConfigError(f'a bandwidth is a number above 0, "sqrt_d" or "median", not {kind!r}')
     return float(kind)
+
+
+def _check_bandwidth(kind: Bandwidth) -> None:
+    if kind not in ("sqrt_d", "median") and not (isinstance(kind, int | float) and 0.0 < kind < math.inf):
+        raise ConfigError(f'a bandwidth is a finite number above 0, "sqrt_d" or "median", not {kind!r}')
 
 
 class CSIBLoss(nn.Module):
@@ -70,8 +76,10 @@ class CSIBLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        if not beta >= 0.0:
+        if not 0.0 <= beta < math.inf:
             raise ConfigError(f"beta is the weight of compression, 0 or more, and is {beta}")
+        for kind in (sigma_x, sigma_y, sigma_t):
+            _check_bandwidth(kind)
         self.beta, self.symmetric, self.gather = beta, symmetric, gather
         self.sigma_x, self.sigma_y, self.sigma_t = sigma_x, sigma_y, sigma_t
 
@@ -111,7 +119,8 @@ class Bottleneck(nn.Module):
 
     hidden: the widths of the encoder, of which the last is the decoder's too (the paper: three of 128, and k = 128).
     stochastic: t = mean + exp(log-variance / 2) noise where forward gets a generator, and the mean where it gets none.
-    generator: of the first weights, uniform within 1 / sqrt(fan-in).
+    generator: of the first weights, uniform within 1 / sqrt(fan-in). Raises ConfigError for a width below 1, and
+    ShapeError for rows that are not [n, inputs].
     """
 
     def __init__(
@@ -125,6 +134,9 @@ class Bottleneck(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        if not hidden or min(inputs, outputs, k, *hidden) < 1:
+            raise ConfigError(f"widths are at least 1, one of them hidden: {inputs}, {tuple(hidden)}, {k}, {outputs}")
+        self.inputs = inputs
         self.encoder = _perceptron((inputs, *hidden), generator)
         self.encoder.append(nn.ReLU())
         width = hidden[-1]
@@ -134,6 +146,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> BottleneckOutput:
         """All that a loss may want of rows x [n, d]; noise is drawn from the generator."""
+        if x.ndim < 2 or x.shape[-1] != self.inputs:
+            raise ShapeError(f"the network takes rows [n, {self.inputs}], got {tuple(x.shape)}")
         features = self.encoder(x)
         mean = self.mean(features)
         log_variance = None if self.log_variance is None else self.log_variance(features)
@@ -162,7 +176,7 @@ def fgsm(
 ) -> Tensor:
     """Inputs [n, d] moved by eps in each coordinate, to where the loss of model(x) rises first.
 
-    loss(prediction, target) is a scalar, squared error by default. Raises ConfigError for a negative eps.
+    loss(prediction, target) is a scalar, squared error by default. Raises what `pgd` raises.
 
     >>> fgsm(lambda x: x.sum(-1), torch.tensor([[1.0, 2.0]]), torch.tensor([0.0]), eps=0.5)
     tensor([[1.5000, 2.5000]])
@@ -183,18 +197,34 @@ def pgd(
 ) -> Tensor:
     """`steps` such moves of length alpha, never further than eps from x in a coordinate, nor out of the range clamp.
 
-    Gradients of the model's parameters are left as they are. Raises ConfigError for numbers out of range.
+    Gradients of the model's parameters are left as they are. Raises ConfigError for numbers out of range, DataError for
+    inputs that are not finite, and ShapeError where predictions do not match y or a loss of your own is no scalar.
 
     >>> pgd(lambda x: x.sum(-1), torch.tensor([[1.0, 2.0]]), torch.tensor([0.0]), eps=0.5, alpha=0.3, steps=3)
     tensor([[1.5000, 2.5000]])
     """
-    if not (eps >= 0.0 and alpha >= 0.0 and steps >= 1):
+    if not (0.0 <= eps < math.inf and 0.0 <= alpha < math.inf and steps >= 1):
         raise ConfigError(f"eps and alpha are lengths and steps a count, got {eps}, {alpha} and {steps}")
-    risk = nn.functional.mse_loss if loss is None else loss
+    if clamp is not None and not clamp[0] <= clamp[1]:
+        raise ConfigError(f"clamp is the range of the inputs, from low to high, got {clamp}")
+    if not x.is_floating_point() or not bool(x.detach().isfinite().all()):
+        raise DataError("an attack moves finite inputs of a floating type: what it was given is not")
+    risk = _squared_error if loss is None else loss
     moved = x.detach()
     for _ in range(steps):
         at = moved.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(risk(model(at), y), at)
+        harm = risk(model(at), y)
+        if harm.ndim:
+            raise ShapeError(f"the loss of an attack is a scalar over all rows, got {tuple(harm.shape)}")
+        (slope,) = torch.autograd.grad(harm, at)
         moved = torch.clamp(moved + alpha * slope.sign(), x.detach() - eps, x.detach() + eps)
         moved = moved if clamp is None else moved.clamp(*clamp)
     return moved
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    if prediction.shape != target.shape:
+        raise ShapeError(
+            f"predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} have one shape: squeeze a column"
+        )
+    return nn.functional.mse_loss(prediction, target)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences.cauchy_schwarz_samples import cs_qmi
 from kullback.divergences.kernel_rows import log_kernel_rows
 
@@ -37,8 +37,8 @@ def generalisation_proxy(information: float, samples: int) -> float:
     >>> generalisation_proxy(0.04, 100)
     0.02
     """
-    if samples < 1:
-        raise ConfigError(f"the proxy is of a sample of one or more, got {samples}")
+    if samples < 1 or not math.isfinite(information):
+        raise ConfigError(f"the proxy is of a number and a sample of one or more, got {information} and {samples}")
     return math.sqrt(max(information, 0.0) / samples)
 
 
@@ -74,20 +74,20 @@ def robustness_bound(
     sqrt(2 - 2 exp(-radius^2 / (2 sigma_x^2))) (|g| sqrt(HSIC) + e): g is the ridge regression of the centred prediction
     on t in the space of its kernel, |g| its length and e the root mean square of what it leaves, at the best of
     `ridges`. To first order it is proportional to radius / sigma_x; it falls with I(x; t). In the prediction's units.
-    Raises ShapeError, and ConfigError for numbers out of range.
+    Raises ShapeError, DataError for values that are not finite, and ConfigError for numbers out of range.
 
     >>> x = torch.linspace(-1, 1, 9).unsqueeze(1)
     >>> robustness_bound(x, x, x, radius=0.0, sigma_x=1.0, sigma_t=1.0)
     tensor(0., dtype=torch.float64)
     """
-    if not radius >= 0.0 or not ridges or not min(ridges) > 0.0:
+    if not 0.0 <= radius < math.inf or not ridges or not min(ridges) > 0.0:
         raise ConfigError(f"radius is a length and ridges are positive, got {radius} and {tuple(ridges)}")
     centred = _centred(x, prediction)
     if t.ndim != 2 or len(t) != len(x):
         raise ShapeError(f"t has a row for each of the {len(x)} inputs, [n, k], got {tuple(t.shape)}")
+    dependence = independence_criterion(x.detach(), t.detach(), sigma_x=sigma_x, sigma_t=sigma_t).clamp(min=0.0).sqrt()
     v, n = t.detach().double() / sigma_t, len(x)
     gram = _kernels(v, v)
-    dependence = independence_criterion(x.detach(), t.detach(), sigma_x=sigma_x, sigma_t=sigma_t).clamp(min=0.0).sqrt()
     values, vectors = torch.linalg.eigh(gram)
     values, along = values.clamp(min=0.0), vectors.mT @ centred
     found = []
@@ -102,11 +102,16 @@ def robustness_bound(
 def smoothed_shift(x: Tensor, prediction: Tensor, at: Tensor, moved: Tensor, *, sigma_x: float) -> Tensor:
     """|mean_i (k(x_i, u) - k(x_i, u')) (h_i - mean h)| for each u in `at` [m, d] and u' in `moved` [m, d]: [m].
 
-    What an attack moves of a prediction smoothed by the kernel over the sample x [n, d], h its predictions.
+    What an attack moves of a prediction smoothed by the kernel over the sample x [n, d], h its predictions. Raises
+    ShapeError, DataError for values that are not finite, ConfigError for a bandwidth that is no length.
     """
     centred = _centred(x, prediction)
+    if not 0.0 < sigma_x < math.inf:
+        raise ConfigError(f"a bandwidth is a finite length above 0, got {sigma_x}")
     if at.shape != moved.shape or at.shape[-1:] != x.shape[-1:]:
         raise ShapeError(f"at and moved are points [m, {x.shape[-1]}], got {tuple(at.shape)} and {tuple(moved.shape)}")
+    if not bool((at.detach() - moved.detach()).isfinite().all()):
+        raise DataError("at and moved hold NaN or infinite values")
     u = x.detach().double() / sigma_x
     one, other = (_kernels(points.detach().double() / sigma_x, u) for points in (at, moved))
     return ((one - other) @ centred / len(x)).abs()
@@ -120,4 +125,6 @@ def _centred(x: Tensor, prediction: Tensor) -> Tensor:
     flat = prediction.detach().double().reshape(-1)
     if x.ndim != 2 or len(x) == 0 or len(flat) != len(x):
         raise ShapeError(f"x is [n, d] with one prediction a row, got {tuple(x.shape)} and {tuple(prediction.shape)}")
+    if not bool(flat.isfinite().all() and x.detach().isfinite().all()):
+        raise DataError("inputs and predictions are finite, and these hold NaN or infinite values")
     return flat - flat.mean()

@@ -36,9 +36,10 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     whole number.
 
     After a fit: loss_curve_, the mean loss of each epoch; information_plane_, ten points of a fit, each with its epoch,
-    compression I(x; t) (normalised), relevance I(y; t) in bits, taken as log2(var y / MSE) / 2, and proxy, the root of
-    compression over n, to which the gap to new data is related. Raises ConfigError for values out of range, and
-    scikit-learn's ValueError for tables that are empty, not finite or of the wrong shape.
+    compression I(x; t) (normalised, of t with its noise), relevance I(y; t) in bits, taken as log2(var y / MSE) / 2 (0
+    for a constant y), and proxy, the root of compression over n, to which the gap to new data is related. Raises
+    ConfigError for values out of range, and scikit-learn's ValueError for tables that are empty, not finite or of the
+    wrong shape.
 
     >>> X = np.linspace(-1, 1, 40).reshape(-1, 1)
     >>> float(CSIBRegressor(epochs=100, k=8, sigma_x=0.3).fit(X, X[:, 0] ** 2).score(X, X[:, 0] ** 2)) > 0.9
@@ -67,8 +68,7 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit a fresh network to X [n, d] and y [n] or [n, o]."""
-        if min(self.batch - 1, self.epochs, self.k, len(self.hidden), *self.hidden) < 1 or not self.lr > 0.0:
-            raise ConfigError("epochs, k and one or more hidden widths are at least 1, batch is at least 2, lr > 0")
+        self._check_options()
         X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, ensure_min_samples=2, dtype=np.float64)
         self._flat = y.ndim == 1
         targets = np.asarray(y, dtype=np.float64).reshape(len(X), -1)
@@ -95,6 +95,14 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             x = torch.from_numpy((X - self._center) / self._scale)
             found = self.network_(x).prediction.numpy() * self._target_scale + self._target_center
         return found[:, 0] if self._flat else found
+
+    def _check_options(self) -> None:
+        if min(self.batch - 1, self.epochs, self.k, len(self.hidden), *self.hidden) < 1 or not 0 < self.lr < math.inf:
+            raise ConfigError("epochs, k and one or more hidden widths are at least 1, batch is at least 2, lr > 0")
+        if not 0.0 < self.decay < math.inf:
+            raise ConfigError(f"decay is the factor on lr every ten epochs, above 0, and is {self.decay}")
+        if not isinstance(self.random_state, int | np.integer) or self.random_state < 0:
+            raise ConfigError(f"random_state is a whole number, 0 or more, and is {self.random_state!r}")
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -125,11 +133,12 @@ class CSIBRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         step = -(-len(x) // _ROWS)
         x, z = x[::step], z[::step]
         with torch.no_grad():
-            out = self.network_(x)
-            t, error = out.representation, (out.prediction - z).square().mean().item()
+            t = self.network_(x, generator(self.random_state, "information")).representation  # with its noise
+            error = (self.network_(x).prediction - z).square().mean().item()
             sigma_x, sigma_t = bandwidth_of(x, loss.sigma_x), bandwidth_of(t, loss.sigma_t)
             compression = cs_qmi_normalized(x, t, sigma_x=sigma_x, sigma_t=sigma_t).item()
-        relevance = 0.5 * math.log2(max(z.var(correction=0).item(), 1e-30) / max(error, 1e-30))
+        spread = z.var(correction=0).item()  # of a constant target there is nothing to know
+        relevance = 0.5 * math.log2(spread / max(error, 1e-30)) if spread > 0.0 else 0.0
         return {"compression": compression, "relevance": relevance, "proxy": generalisation_proxy(compression, len(x))}
 
 

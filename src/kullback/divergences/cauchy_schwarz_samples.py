@@ -45,7 +45,9 @@ def cs_divergence_samples(
 
     unbiased_diag: means over different points alone, whose expectations have no kernel of a point with itself; the
     value can then be negative, as it never is otherwise. log_base: "e" for nats, "2" for bits. chunk: rows held at
-    once, chosen by default so that memory stays bounded. Raises ShapeError, DataError for no point, ConfigError.
+    once, chosen by default so that memory stays bounded. sigma: a number, or a tensor that broadcasts against the
+    points, as one for each column does. Raises ShapeError, DataError for no points and for values that are not finite,
+    ConfigError.
 
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> cs_divergence_samples(x, x + 1.0, sigma=1.0), cs_divergence_samples(x, x.flip(0), sigma=1.0).abs() < 1e-6
@@ -118,8 +120,9 @@ def cs_qmi(
     """The quadratic mutual information [...] of pairs x [..., n, dx] and t [..., n, dt]: never negative.
 
     It is the divergence of the joint density from the product of its margins, both smoothed; values of other bandwidths
-    or dimensions do not compare. gram [..., n, n]: kernels of x taken beforehand, for data with a kernel of their own.
-    Other options as in `cs_divergence_samples`. Raises ShapeError, DataError, ConfigError.
+    or dimensions do not compare. A single pair says nothing: 0. gram [..., n, n]: kernels of x taken beforehand, for
+    data with a kernel of their own; symmetric, 0 or more, each row with a sum above 0. Other options as in
+    `cs_divergence_samples`. Raises ShapeError, DataError, ConfigError.
 
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> cs_qmi(x, x, sigma_x=1.0, sigma_t=1.0), cs_qmi(x, 0.0 * x, sigma_x=1.0, sigma_t=1.0).abs() < 1e-6
@@ -136,9 +139,7 @@ def cs_qmi(
         rows_x, both = log_kernel_rows(u, u, chunk=chunk), torch.cat([u, v], -1)
         joint = log_kernel_rows(both, both, chunk=chunk).logsumexp(-1)
     else:
-        if gram.shape != (*t.shape[:-1], n):
-            raise ShapeError(f"gram has shape [..., n, n], kernels between the {n} samples, got {tuple(gram.shape)}")
-        log_gram = gram.log()
+        log_gram = _checked_gram(gram, (*t.shape[:-1], n)).log()
         rows_x = log_gram.logsumexp(-1).to(rows_t.dtype)
         joint = (log_gram - 0.5 * (v.unsqueeze(-2) - v.unsqueeze(-3)).square().sum(-1)).flatten(-2).logsumexp(-1)
     apart = rows_x.logsumexp(-1) + rows_t.logsumexp(-1)
@@ -155,6 +156,7 @@ def cs_qmi_normalized(
     >>> cs_qmi_normalized(x, 3.0 * x, sigma_x=1.0, sigma_t=3.0)
     tensor(1.)
     """
+    x, t = _samples(x, "x"), _samples(t, "t")  # so that what is wrong with t is said of t
     own = [cs_qmi(a, a, sigma_x=sigma, sigma_t=sigma, chunk=chunk) for a, sigma in ((x, sigma_x), (t, sigma_t))]
     smallest = 64 * torch.finfo(own[0].dtype).eps  # below it there is only rounding
     scale = own[0].clamp(min=smallest) * own[1].clamp(min=smallest)
@@ -174,8 +176,8 @@ def median_bandwidth(x: Tensor, scale: float = 1.0, max_pairs: int = 10_000) -> 
     n = x.shape[-2]
     if x.ndim != 2 or n < 2:
         raise DataError(f"a median distance needs rows [n, d] with n >= 2, got {tuple(x.shape)}")
-    if not scale > 0.0 or max_pairs < 1:
-        raise ConfigError(f"scale and max_pairs must be positive, got {scale} and {max_pairs}")
+    if not 0.0 < scale < math.inf or max_pairs < 1:
+        raise ConfigError(f"scale and max_pairs must be positive and finite, got {scale} and {max_pairs}")
     pairs = n * (n - 1) // 2
     if pairs <= max_pairs:
         first, second = torch.triu_indices(n, n, 1, device=x.device)
@@ -190,18 +192,29 @@ def median_bandwidth(x: Tensor, scale: float = 1.0, max_pairs: int = 10_000) -> 
 
 
 def fourier_features(x: Tensor, frequencies: Tensor, *, sigma: float) -> Tensor:
-    """cos and sin features [..., n, 2 D] of x [..., n, d] with products near k(x, x'), from normal draws [D, d]."""
-    angles = _samples(x, "x") @ (frequencies / sigma).mT
+    """cos and sin features [..., n, 2 D] of x [..., n, d] with products near k(x, x'), from normal draws [D, d].
+
+    Raises ShapeError, DataError for values that are not finite, ConfigError for a bandwidth that is no length.
+    """
+    x = _samples(x, "x")
+    if frequencies.ndim != 2 or len(frequencies) == 0 or frequencies.shape[1] != x.shape[-1]:
+        raise ShapeError(f"frequencies are draws [D, {x.shape[-1]}], at least one, got {tuple(frequencies.shape)}")
+    angles = _scaled(x, sigma) @ frequencies.to(x.dtype).mT
     return torch.cat([angles.cos(), angles.sin()], -1) / math.sqrt(len(frequencies))
 
 
 def cs_divergence_features(mean_x: Tensor, mean_z: Tensor, *, log_base: LogBase = "e") -> Tensor:
     """The divergence [...] between mean features [..., F]: -2 log of their cosine, for streams that keep only means.
 
-    Raises DataError where the cosine is not positive: more features are needed there.
+    Raises ShapeError, and DataError where the product of the means is not positive: too few features for so little
+    overlap.
     """
+    if mean_x.shape != mean_z.shape or mean_x.ndim == 0:
+        raise ShapeError(f"both means have shape [..., F], got {tuple(mean_x.shape)} and {tuple(mean_z.shape)}")
+    _check_finite(mean_x, "mean_x")
+    _check_finite(mean_z, "mean_z")
     product = (mean_x * mean_z).sum(-1)
-    if not bool((product > 0).all()):
+    if not bool((product > 0.0).all()):
         raise DataError("the mean features have no positive product: the samples are far apart for so few features")
     squares = mean_x.square().sum(-1).log() + mean_z.square().sum(-1).log()
     return (squares - 2.0 * product.log()) / _unit(log_base)
@@ -213,17 +226,42 @@ def cs_divergence_features(mean_x: Tensor, mean_z: Tensor, *, log_base: LogBase 
 def _samples(x: Tensor, name: str) -> Tensor:
     """x as [..., n, d] in float32 at least."""
     x = x.unsqueeze(-1) if x.ndim == 1 else x
-    if x.ndim < 2 or x.shape[-1] == 0:
-        raise ShapeError(f"{name} has shape [n, d], a row a sample, got {tuple(x.shape)}")
+    if x.ndim < 2 or x.shape[-1] == 0 or x.is_complex():
+        raise ShapeError(f"{name} has shape [n, d], a row of real numbers a sample, got {x.dtype} {tuple(x.shape)}")
     if x.shape[-2] == 0:
         raise DataError(f"{name} has no samples: give at least one")
+    _check_finite(x, name)
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _check_finite(x: Tensor, name: str) -> None:
+    if not bool(x.detach().isfinite().all()):
+        raise DataError(f"{name} holds NaN or infinite values: drop such samples, or see where a training diverged")
+
+
 def _scaled(x: Tensor, sigma: float | Tensor) -> Tensor:
-    if not bool(torch.as_tensor(sigma > 0.0).all()):
-        raise ConfigError(f"a bandwidth is a length above 0, got {sigma}")
+    if isinstance(sigma, str) or sigma is None:
+        raise ConfigError(f"a bandwidth is a number, or a tensor of them, got {sigma!r}")
+    width = torch.as_tensor(sigma)
+    if not bool(((width > 0.0) & width.isfinite()).all()):
+        raise ConfigError(f"a bandwidth is a finite length above 0, got {sigma}")
+    try:
+        fits = torch.broadcast_shapes(width.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(f"bandwidths broadcast against points {tuple(x.shape)}, got {tuple(width.shape)}")
     return x / sigma
+
+
+def _checked_gram(gram: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if gram.shape != shape:
+        raise ShapeError(f"gram has shape [..., n, n], kernels of the {shape[-1]} samples, got {tuple(gram.shape)}")
+    held = gram.detach()
+    even = torch.allclose(held, held.mT, rtol=1e-4, atol=1e-6)  # a NaN is not close to itself either
+    if not (even and bool((held >= 0.0).all()) and bool((held.sum(-1) > 0.0).all()) and bool(held.isfinite().all())):
+        raise DataError("gram holds kernels: symmetric, 0 or more, and each row with a finite sum above 0")
+    return gram
 
 
 def _unit(log_base: str) -> float:

@@ -3,13 +3,16 @@
 Diabetes: 442 patients. Friedman-1: 700 samples with Student-t noise of two degrees of freedom. Inputs and targets are
 standardised. All networks of a seed begin alike and see the same batches: squared error (MSE), the same with early
 stopping, the variational bottleneck (VIB), and Cauchy-Schwarz with several weights on compression.
+
+A weight means something else in every objective, so the methods are compared at equal compression too, as in the paper:
+the weight of each is raised until I(x; t) has fallen by a quarter and by a half, and the errors are read there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +22,10 @@ from torch import Tensor
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
-from kullback.distill.bottleneck import Bottleneck, BottleneckOutput, CSIBLoss, fgsm, pgd
+from kullback.distill.bottleneck import Bottleneck, fgsm, pgd
 from kullback.distill.bottleneck_bounds import robustness_bound, smoothed_shift
 from kullback.divergences.cauchy_schwarz_samples import cs_qmi_normalized
+from kullback.papers.cs_ib.objectives import FAMILIES, Objective, at_ratio, mse, raised
 
 __all__ = ["draw", "reproduce"]
 
@@ -29,8 +33,9 @@ HIDDEN, WIDTH, RATE, EPOCHS, BATCH = (128, 128), 16, 1e-3, 80, 128
 ATTACKS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)  # strengths of FGSM
 BETAS = (0.0, 0.01, 0.1, 0.5)
 VIB_WEIGHT = 1e-2
+RATIOS = (0.25, 0.5)  # shares of I(x; t) given up, at which all methods are compared
+AT_ZERO = dict.fromkeys(("NIB", "squared NIB", "exponential NIB"), "VIB")  # where they are the same network
 METHODS = ("MSE", "MSE, early", "VIB", *(f"CS-IB {beta:g}" for beta in BETAS))
-Objective = Callable[[Tensor, Tensor, BottleneckOutput], Tensor]
 
 
 class Table(NamedTuple):
@@ -68,22 +73,6 @@ def _split(x: Tensor, y: Tensor, source: torch.Generator) -> Table:
     return Table(*((x[rows].float(), y[rows].float()) for rows in parts))
 
 
-def mse(x: Tensor, y: Tensor, out: BottleneckOutput) -> Tensor:
-    return (out.prediction.squeeze(1) - y).square().mean()
-
-
-def vib(x: Tensor, y: Tensor, out: BottleneckOutput) -> Tensor:
-    """Squared error behind a noisy representation, and its KL from the standard normal."""
-    if out.log_variance is None:
-        raise RuntimeError("the variational bottleneck has a variance")
-    kl = 0.5 * (out.mean.square() + out.log_variance.exp() - out.log_variance - 1).sum(1)
-    return mse(x, y, out) + VIB_WEIGHT * kl.mean()
-
-
-def cs_ib(x: Tensor, y: Tensor, out: BottleneckOutput, *, loss: CSIBLoss) -> Tensor:
-    return loss(x, y, out.prediction, out.representation)["loss"]
-
-
 def fit(table: Table, objective: Objective, seed: int, *, stochastic: bool = False, early: bool = False) -> Bottleneck:
     """EPOCHS of Adam; with early, on the rows that are not held out, and back to the epoch that was best on those."""
     x, y = table.train
@@ -117,7 +106,15 @@ def rmse(network: Bottleneck, x: Tensor, y: Tensor) -> float:
     return (predicted(network, x) - y).square().mean().sqrt().item()
 
 
-def measured(network: Bottleneck, table: Table) -> dict[str, Any]:
+def information(network: Bottleneck, table: Table, seed: int) -> float:
+    """I(x; t) on the training rows, normalised, of a representation with its noise."""
+    x = table.train[0]
+    with torch.no_grad():
+        t = network(x, generator(seed, "information")).representation
+    return cs_qmi_normalized(x, t, sigma_x=math.sqrt(x.shape[1]), sigma_t=math.sqrt(t.shape[1])).item()
+
+
+def measured(network: Bottleneck, table: Table, seed: int) -> dict[str, Any]:
     """Errors on the test rows, clean and attacked, and where the training rows lie in the information plane.
 
     shift: the most that FGSM moves the prediction smoothed over the training rows; bound: what it cannot exceed.
@@ -129,7 +126,6 @@ def measured(network: Bottleneck, table: Table) -> dict[str, Any]:
     with torch.no_grad():
         seen, t = table.train[0], network(table.train[0]).representation
         widths = math.sqrt(seen.shape[1]), math.sqrt(t.shape[1])
-        compression = cs_qmi_normalized(seen, t, sigma_x=widths[0], sigma_t=widths[1]).item()
         # an attack of 0.3 in each coordinate is this long
         bound = robustness_bound(
             seen, t, model(seen), radius=0.3 * widths[0], sigma_x=widths[0], sigma_t=widths[1]
@@ -137,49 +133,107 @@ def measured(network: Bottleneck, table: Table) -> dict[str, Any]:
     moved = fgsm(model, x, y, eps=0.3)
     shift = smoothed_shift(seen, model(seen), x, moved, sigma_x=widths[0]).max().item()
     relevance = -math.log2(rmse(network, *table.test))  # half the logarithm of variance over squared error
+    compression = information(network, table, seed)
     return {"compression": compression, "relevance": relevance, "bound": bound, "shift": shift, **errors}
 
 
+def network_of(table: Table, seed: int) -> Callable[[str, float], Bottleneck]:
+    """The network of a family at a weight, trained once."""
+
+    @cache
+    def trained(name: str, weight: float) -> Bottleneck:
+        return fit(table, FAMILIES[name].at(weight), seed, stochastic=FAMILIES[name].stochastic)
+
+    return lambda name, weight: trained(AT_ZERO.get(name, name) if weight == 0.0 else name, weight)
+
+
+def equally_compressed(table: Table, seed: int, network: Callable[[str, float], Bottleneck]) -> list[dict[str, Any]]:
+    """Rows of all families: the weights that were tried, and the errors where a share of I(x; t) is given up."""
+    x, y = table.test
+
+    def measure(name: str, weight: float) -> tuple[float, tuple[float, ...]]:
+        found = network(name, weight)
+        attacked = fgsm(partial(predicted, found), x, y, eps=0.3)
+        return information(found, table, seed), (rmse(found, x, y), rmse(found, attacked, y))
+
+    rows: list[dict[str, Any]] = []
+    for name, family in FAMILIES.items():
+        points = raised(family.first, partial(measure, name), max(RATIOS))
+        tried = [(point.weight, point.ratio, point.errors) for point in points]
+        for weight, ratio, errors in tried + [(None, ratio, at_ratio(points, ratio)) for ratio in RATIOS]:
+            rows.append({"family": name, "weight": weight, "ratio": ratio, "clean": errors[0], "attacked": errors[1]})
+    return rows
+
+
 def reproduce(run: Run) -> Report:
-    """One seed: both tables, a network for each method."""
+    """One seed: both tables, a network for each method and weight."""
     rows: list[dict[str, Any]] = []
     for name, table in tables(run.seed).items():
+        network = network_of(table, run.seed)
         fits: dict[str, Bottleneck] = {
             "MSE": fit(table, mse, run.seed),
             "MSE, early": fit(table, mse, run.seed, early=True),
-            "VIB": fit(table, vib, run.seed, stochastic=True),
+            "VIB": network("VIB", VIB_WEIGHT),
+            **{f"CS-IB {beta:g}": network("CS-IB", beta) for beta in BETAS},
         }
-        for beta in BETAS:
-            fits[f"CS-IB {beta:g}"] = fit(table, partial(cs_ib, loss=CSIBLoss(beta=beta)), run.seed)
-        rows += [{"data": name, "method": method, **measured(network, table)} for method, network in fits.items()]
-        run.event(name, **{row["method"]: row["fgsm 0"] for row in rows if row["data"] == name})
+        rows += [{"data": name, "method": method, **measured(net, table, run.seed)} for method, net in fits.items()]
+        rows += [{"data": name, **row} for row in equally_compressed(table, run.seed, network)]
+        run.event(name, **{row["method"]: row["fgsm 0"] for row in rows if row["data"] == name and "method" in row})
+    return Report(metrics={**at_given_weights(rows), **at_equal_compression(rows)}, rows=rows)
+
+
+def at_given_weights(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """CS-IB with a weight of 0.01 beside the others."""
 
     def error(data: str, method: str, attack: str) -> float:
-        (found,) = (row[attack] for row in rows if row["data"] == data and row["method"] == method)
+        (found,) = (row[attack] for row in rows if row["data"] == data and row.get("method") == method)
         return float(found)
 
     ours, clean, attack = "CS-IB 0.01", "fgsm 0", "fgsm 0.3"
-    metrics = {
+    return {
         "rmse_ratio_mse": error("diabetes", ours, clean) / error("diabetes", "MSE", clean),
         "rmse_ratio_mse_early": error("diabetes", ours, clean) / error("diabetes", "MSE, early", clean),
         "rmse_minus_vib": error("diabetes", ours, clean) - error("diabetes", "VIB", clean),
         "attacked_ratio_mse_diabetes": error("diabetes", ours, attack) / error("diabetes", "MSE", attack),
         "attacked_ratio_mse_friedman": error("friedman", ours, attack) / error("friedman", "MSE", attack),
         "attacked_ratio_vib_diabetes": error("diabetes", ours, attack) / error("diabetes", "VIB", attack),
-        "shift_over_bound": max(row["shift"] / row["bound"] for row in rows),
+        "shift_over_bound": max(row["shift"] / row["bound"] for row in rows if "method" in row),
         "attacked_ratio_early_diabetes": error("diabetes", ours, attack) / error("diabetes", "MSE, early", attack),
     }
-    return Report(metrics=metrics, rows=rows)
+
+
+def at_equal_compression(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """CS-IB less its peers where both have given up the same share of I(x; t).
+
+    With noise it is beside VIB and the best of the four bounds, in each seed; without, beside the HSIC bottleneck.
+    """
+    at = {
+        (row["data"], row["ratio"], row["family"]): row
+        for row in rows
+        if "family" in row and (row["weight"] is None or row["weight"] == 0.0)
+    }
+    metrics = {}
+    for data in ("diabetes", "friedman"):
+        for ratio in (0.0, *RATIOS):
+            place = f"{data}_{100 * ratio:.0f}"
+            found = {name: at[data, ratio, name] for name in FAMILIES}
+            noisy = found["CS-IB, noise"]
+            for key, prefix in (("clean", "equal"), ("attacked", "equal_attacked")):
+                best = min(found[name][key] for name in ("VIB", *AT_ZERO))
+                metrics[f"{prefix}_over_vib_{place}"] = noisy[key] - found["VIB"][key]
+                metrics[f"{prefix}_over_best_{place}"] = noisy[key] - best
+                metrics[f"{prefix}_over_hsic_{place}"] = found["CS-IB"][key] - found["HSIC"][key]
+    return metrics
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Error against the strength of the attack on both tables, and the information plane of diabetes."""
+    """Error against the strength of the attack, the information plane of diabetes, and error against compression."""
     from kullback.figures import figure
 
     def values(data: str, method: str, key: str) -> Tensor:
-        return torch.tensor([row[key] for row in rows if row["data"] == data and row["method"] == method])
+        return torch.tensor([row[key] for row in rows if row["data"] == data and row.get("method") == method])
 
-    with figure(path, columns=3, size=(3.8, 3.4)) as (diabetes, friedman, plane):
+    with figure(path, columns=5, size=(3.5, 3.6)) as (diabetes, friedman, plane, *compressed):
         for axes, data in ((diabetes, "diabetes"), (friedman, "friedman")):
             for color, method in enumerate(METHODS):
                 means = [values(data, method, f"fgsm {eps:g}").mean().item() for eps in ATTACKS]
@@ -194,3 +248,32 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         plane.set(xlabel="I(x; t), normalised", ylabel="I(y; t) on test rows (bits)")
         plane.set_title("diabetes: information plane")
         plane.legend(frameon=False, fontsize=7)
+        for axes, data in zip(compressed, ("diabetes", "friedman"), strict=True):
+            _compressed(axes, data, rows)
+
+
+def _compressed(axes: Any, data: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Clean (solid) and attacked (dotted) errors at shares of I(x; t) given up, less those of VIB with weight 0."""
+    at = {
+        (row["family"], row["ratio"], row["seed"]): row
+        for row in rows
+        if row["data"] == data and "family" in row and row["weight"] in (None, 0.0)
+    }
+    seeds, ratios = sorted({seed for _, _, seed in at}), (0.0, *RATIOS)
+    for index, name in enumerate(FAMILIES):
+        for key, style in (("clean", "-"), ("attacked", ":")):
+            found = [
+                torch.tensor([at[name, ratio, seed][key] - at["VIB", 0.0, seed][key] for seed in seeds])
+                for ratio in ratios
+            ]
+            label = name if key == "clean" else None
+            means, spread = ([value.item() for value in values] for values in (
+                [errors.mean() for errors in found], [errors.std(correction=0) for errors in found]))  # fmt: skip
+            axes.plot(ratios, means, style, marker="o", markersize=3, color=f"C{index}", label=label)
+            if name == "CS-IB, noise":
+                axes.errorbar(ratios, means, spread, color=f"C{index}", linestyle="none", capsize=3)
+    axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(xlabel="share of I(x; t) given up", title=f"{data}: clean (-) and attacked (:)", xticks=ratios)
+    axes.set_ylabel("RMSE less that of VIB at 0")
+    if data == "friedman":
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
