@@ -37,7 +37,10 @@ def test_one_seed_in_small(tmp_path, monkeypatch):
     assert report.metrics["bandit_entropy_fall"] > 0.0
     assert by_method["mle", 0.1]["backspaces"] == 0.0
     assert by_method["cloning", 0.1]["backspaces"] > 0.0
-    assert by_method["unlikelihood", 0.1]["backspaces"] == 0.0
+    assert by_method["least_squares", 0.1]["backspaces"] > 0.0
+    assert by_method["unlikelihood", 0.1]["backspaces"] == by_method["contrastive", 0.1]["backspaces"] == 0.0
+    assert {method for method, _ in by_method} == set(paper.DRAWN)
+    assert 0.0 < by_method["contrastive", 0.0]["distinct"] <= 1.0
     assert 0.0 <= by_method["sequencematch", 0.1]["valid"] <= 1.0
     paper.draw([{**row, "seed": 0} for row in report.rows], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 10_000

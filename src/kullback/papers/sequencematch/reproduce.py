@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kullback.align._hf_sequencematch import SequenceMatchSettings, layout_logits
+from kullback.align.least_squares import SquaredTargets, squared_targets_loss
 from kullback.align.sequencematch import sequencematch_loss
 from kullback.align.unlikelihood import unlikelihood_loss
 from kullback.core.rng import generator
@@ -21,6 +22,7 @@ from kullback.core.runs import Run
 from kullback.core.types import Report
 from kullback.data.corpora import corpus
 from kullback.decode.backspace import backspace_layout, generate_with_backspace, inject_noise, visible_text
+from kullback.decode.contrastive import contrastive_search
 from kullback.figures import figure
 from kullback.models.small import small_llama
 from kullback.papers.sequencematch.bandit import bandit_optimum
@@ -37,15 +39,19 @@ SETTINGS = SequenceMatchSettings(
 )
 TITLES = {
     "mle": "likelihood", "cloning": "cloning with backspace", "sequencematch": "SequenceMatch",
-    "unlikelihood": "unlikelihood",
+    "least_squares": "squared targets", "unlikelihood": "unlikelihood",
 }  # fmt: skip
+DRAWN = {**TITLES, "contrastive": "likelihood, contrastive search"}
 WITHOUT = ("mle", "unlikelihood")  # the backspace
+OPENING, PENALTY, CANDIDATES = 8, 0.6, 4  # characters drawn before contrastive search goes on, and its two options
 NGRAM = 6  # characters of a repetition that unlikelihood punishes
 SHARES, ALPHAS = (0.7, 0.2, 0.1), (0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
 
 
 def reproduce(run: Run) -> Report:
-    """One model by likelihood, then four ways to go on, each written from under noise; and a bandit, exactly."""
+    """One model by likelihood, then five ways to go on, each written from under noise; the first by contrastive search
+    as well; and a bandit, exactly.
+    """
     text, starts, words = _text()
     base = _model(run.seed)
     _train(base, text, starts, run.seed, "mle", PRETRAINED, RATE)
@@ -55,10 +61,11 @@ def reproduce(run: Run) -> Report:
         model = deepcopy(base)
         model.without_backspace = name in WITHOUT
         _train(model, text, starts, run.seed, name, TUNED, TUNED_RATE)
-        for noise in NOISES:
-            at[name, noise] = _written(model, words, run.seed, noise)
-            rows.append({"part": "prose", "method": name, "noise": noise, **at[name, noise]})
-        run.event("method", name=name, **at[name, 0.1])
+        for written in (name, "contrastive") if name == "mle" else (name,):
+            for noise in NOISES:
+                at[written, noise] = _written(model, words, run.seed, noise, search=written == "contrastive")
+                rows.append({"part": "prose", "method": written, "noise": noise, **at[written, noise]})
+            run.event("method", name=written, **at[written, 0.1])
     bandit = _bandit()
     rows += bandit
     entropies = [row["entropy"] for row in bandit if row["method"] == "chi2_mixture"]
@@ -67,6 +74,8 @@ def reproduce(run: Run) -> Report:
         "long_words_gain": at["sequencematch", 0.1]["long"] - at["mle", 0.1]["long"],
         "clean_valid_words_gain": at["sequencematch", 0.0]["valid"] - at["mle", 0.0]["valid"],
         "over_cloning": at["sequencematch", 0.1]["valid"] - at["cloning", 0.1]["valid"],
+        "over_squared_targets": at["sequencematch", 0.1]["valid"] - at["least_squares", 0.1]["valid"],
+        "over_contrastive_search": at["sequencematch", 0.1]["valid"] - at["contrastive", 0.1]["valid"],
         "over_unlikelihood": at["sequencematch", 0.1]["valid"] - at["unlikelihood", 0.1]["valid"],
         "backspaces": at["sequencematch", 0.1]["backspaces"],
         "bandit_entropy_fall": min(one - other for one, other in pairwise(entropies)),
@@ -100,7 +109,7 @@ def _model(seed: int) -> Any:
 
 def _train(model: Any, text: Tensor, starts: Tensor, seed: int, name: str, steps: int, rate: float) -> None:
     """Likelihood of the windows; "unlikelihood" of repetitions in own texts besides; with "cloning" of windows with
-    noise that is deleted; "sequencematch" besides.
+    noise that is deleted; "sequencematch" besides, and "least_squares" by its squared targets.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     buffer: list[Tensor] = []
@@ -150,15 +159,19 @@ def _noisy(
     data = backspace_layout(actions, backspace=BACKSPACE, begin=BEGIN, weights=weights)
     logits = _masked(layout_logits(model, data))
     own, own_logits, share = data, logits, 1.0
-    if name == "sequencematch":
+    if name != "cloning":
         _refresh(model, buffer, step, source)
         rows = torch.nn.utils.rnn.pad_sequence(_picked(buffer, source), batch_first=True, padding_value=-100)
         own = backspace_layout(rows, backspace=BACKSPACE, begin=BEGIN)
         own_logits, share = _masked(layout_logits(model, own)), SETTINGS.share(step, steps)
-    return sequencematch_loss(
-        logits, data, own_logits, own, backspace=BACKSPACE, alpha=SETTINGS.alpha, gamma=SETTINGS.gamma,
-        nll_share=share, terminal="bootstrap",
-    ).loss  # fmt: skip
+    streams = (logits, data, own_logits, own)
+    shared: dict[str, Any] = {
+        "backspace": BACKSPACE, "alpha": SETTINGS.alpha, "gamma": SETTINGS.gamma, "nll_share": share,
+        "terminal": "bootstrap",
+    }  # fmt: skip
+    if name == "least_squares":
+        return squared_targets_loss(*streams, targets=SquaredTargets(), **shared).loss
+    return sequencematch_loss(*streams, **shared).loss
 
 
 def _masked(logits: Tensor) -> Tensor:
@@ -192,33 +205,45 @@ class _Closed(torch.nn.Module):
         return out
 
 
-def _written(model: Any, words: set[str], seed: int, noise: float) -> dict[str, float]:
-    """The share of valid words, and of valid ones of more than three letters, in what the model writes."""
+def _written(model: Any, words: set[str], seed: int, noise: float, *, search: bool = False) -> dict[str, float]:
+    """The share of valid words, of valid ones of more than three letters, and of different ones, in what the model
+    writes; with search its opening is drawn and the rest found, as contrastive search draws nothing.
+    """
     source = generator(seed, "written", str(noise))
 
     def replace(tokens: Tensor) -> Tensor:
         wrong = torch.rand(len(tokens), generator=source) < noise
         return torch.where(wrong, torch.randint(len(LETTERS), (len(tokens),), generator=source), tokens)
 
-    actions = _sample(model, SAMPLES, VISIBLE, source, replace)
+    actions = _sample(model, SAMPLES, OPENING if search else VISIBLE, source, replace)
+    if search:
+        begun = torch.nn.functional.pad(actions, (1, 0), value=BEGIN)
+        rest = contrastive_search(
+            _Closed(model), begun, count=VISIBLE - OPENING, alpha=PENALTY, candidates=CANDIDATES, replace=replace
+        )
+        actions = torch.cat([actions, rest.tokens], 1)
     found = ["".join(LETTERS[token] for token in row) for row in visible_text(actions, backspace=BACKSPACE)]
     written = [word for row in found for word in row.split()[:-1]]  # the last word of a row is cut
     valid = [word for word in written if word in words]
     return {
         "valid": len(valid) / max(len(written), 1),
         "long": sum(len(word) > 3 for word in valid) / max(len(written), 1),
+        "distinct": len(set(written)) / max(len(written), 1),
         "backspaces": ((actions == BACKSPACE).sum() / (actions != -100).sum()).item(),
     }
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Valid words, and long ones, against noise; a line a method, means over seeds with every seed as a dot. Then the
-    bandit's entropy over alpha.
+    """Valid words, long ones, and different ones against noise; a line a method, means over seeds with every seed as a
+    dot. Then the bandit's entropy over alpha.
     """
-    with figure(path, columns=3, size=(4.2, 3.4)) as axes:
-        panels = {"valid": "valid words", "long": "valid words of 4 letters or more"}
-        for panel, (key, label) in zip(axes[:2], panels.items(), strict=True):
-            for place, (name, title) in enumerate(TITLES.items()):
+    with figure(path, columns=4, size=(3.7, 3.4)) as axes:
+        panels = {
+            "valid": "share of valid words", "long": "share of valid words of 4 letters or more",
+            "distinct": "different words, of all that were written",
+        }  # fmt: skip
+        for panel, (key, label) in zip(axes[:3], panels.items(), strict=True):
+            for place, (name, title) in enumerate(DRAWN.items()):
                 found = [(row["noise"], row[key]) for row in rows if row["method"] == name]
                 if not found:
                     continue
@@ -226,12 +251,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 means = [sum(v for n, v in found if n == noise) / sum(n == noise for n, _ in found) for noise in noises]
                 panel.plot(noises, means, color=f"C{place}", label=title)
                 panel.plot(*zip(*found, strict=True), ".", color=f"C{place}", markersize=4, alpha=0.6)
-            panel.set(xlabel="share of characters replaced at random", ylabel=f"share of {label}")
-        axes[0].legend(frameon=False, fontsize=8)
+            panel.set(xlabel="share of characters replaced at random", ylabel=label)
+        axes[0].legend(frameon=False, fontsize=7)
         for name, style in (("chi2", "--"), ("chi2_mixture", "-")):
             found = [(r["alpha"], r["entropy"]) for r in rows if r["method"] == name and r["seed"] == rows[0]["seed"]]
-            axes[2].plot([a for a, _ in found], [e for _, e in found], style, color="C0", label=name.replace("_", ", "))
+            axes[3].plot([a for a, _ in found], [e for _, e in found], style, color="C0", label=name.replace("_", ", "))
         source = -sum(share * math.log(share) for share in SHARES)
-        axes[2].axhline(source, color="0.6", linewidth=0.8, label="demonstrations")
-        axes[2].set(xlabel="weight of the divergence, alpha", ylabel="entropy of the policy (nats)", xscale="log")
-        axes[2].legend(frameon=False, fontsize=8)
+        axes[3].axhline(source, color="0.6", linewidth=0.8, label="demonstrations")
+        axes[3].set(xlabel="weight of the divergence, alpha", ylabel="entropy of the policy (nats)", xscale="log")
+        axes[3].legend(frameon=False, fontsize=8)
