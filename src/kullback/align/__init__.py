@@ -123,6 +123,7 @@ from kullback.align.soup import (
     soup_gain,
     soup_state_dict,
 )
+from kullback.align.stored import StoredReference, store_reference
 from kullback.align.tradeoff import (
     Frontier,
     TiltSolution,
@@ -189,6 +190,7 @@ __all__ = [
     "Stage",
     "StarvationWarning",
     "StatefulMethod",
+    "StoredReference",
     "Supervised",
     "TiltSolution",
     "TokenLogProbs",
@@ -288,6 +290,7 @@ __all__ = [
     "solve_tilt_for_kl",
     "soup_gain",
     "soup_state_dict",
+    "store_reference",
     "span_seminorm",
     "squared_targets_loss",
     "suffix_move",
