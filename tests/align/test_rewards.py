@@ -51,6 +51,32 @@ def hangs(prompts, completions):
             continue
 
 
+def catches_all(prompts, completions):
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            pass
+        finally:
+            time.sleep(0.001)
+
+
+def answers_late(prompts, completions):
+    try:
+        time.sleep(5.0)
+    except BaseException:
+        return [1.0, 1.0]
+
+
+@pytest.mark.parametrize("reward", [catches_all, answers_late])
+def test_a_reward_that_catches_everything_ends_too(reward):
+    begin, traced = time.monotonic(), sys.gettrace()
+    with pytest.raises(RewardError, match="took over 0.1 s"):
+        score(reward, ["a", "b"], ["x", "y"], seconds=0.1)
+    assert time.monotonic() - begin < 3.0
+    assert sys.gettrace() is traced
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -210,3 +236,12 @@ def test_constant_groups():
     assert constant_groups(rewards, tolerance=0.01) == 2
     with pytest.raises(ConfigError):
         constant_groups(rewards, tolerance=-1.0)
+
+
+def test_a_module_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "of_this_folder.py").write_text("def reward(prompts, completions):\n    return [2.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    before = list(sys.path)
+    assert score(load_reward("of_this_folder:reward"), ["a"], ["b"]).tolist() == [2.0]
+    assert sys.path == before

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kullback.align._token_log_probs import token_log_probs
 from kullback.core.chunk import LinearHead, rows_chunked
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.models.heads import has_plain_head, replaced_head
@@ -78,8 +79,11 @@ def log_probs_from_hidden(
     held = None if mask is None else mask.reshape(-1).bool()
     if held is not None:
         rows, targets = rows[held], targets[held]
-    found = _Chunked.apply(rows, weight, bias, targets, temperature, entropy, chunk)  # type: ignore[no-untyped-call]
-    parts = [part if held is None else _spread(part, held) for part in found[: 1 + entropy]]
+    if entropy:
+        found = _WithEntropy.apply(rows, weight, bias, targets, temperature, chunk)  # type: ignore[no-untyped-call]
+    else:
+        found = (token_log_probs(rows, weight, targets, bias=bias, temperature=temperature, chunk=chunk),)
+    parts = [part if held is None else _spread(part, held) for part in found]
     return TokenLogProbs(*(part.reshape(ids.shape) for part in parts))
 
 
@@ -191,7 +195,7 @@ class _KnownSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, first: Tensor, second: Tensor | None, log_partition: Tensor,
+        ctx: Any, logits: Tensor, ids: Tensor, first: Tensor, second: Tensor, log_partition: Tensor,
         entropy: Tensor, temperature: float,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(logits, ids, first, second, log_partition, entropy)
@@ -205,30 +209,27 @@ class _KnownSlope(torch.autograd.Function):
         scaled = logits if ctx.temperature == 1.0 else logits / ctx.temperature
         log_p = scaled - log_partition.unsqueeze(-1)
         by_token = (grad * first).unsqueeze(-1)
-        if second is None:
-            slope = log_p.exp_().mul_(-by_token)
-        else:
-            share = log_p.exp()
-            # A token that is ruled out by logits of -inf has no slope.
-            log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(entropy.unsqueeze(-1))
-            slope = log_p.mul_((grad * second).unsqueeze(-1)).add_(by_token).mul_(share).neg_()
+        share = log_p.exp()
+        # A token that is ruled out by logits of -inf has no slope.
+        log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(entropy.unsqueeze(-1))
+        slope = log_p.mul_((grad * second).unsqueeze(-1)).add_(by_token).mul_(share).neg_()
         slope.scatter_add_(-1, ids.unsqueeze(-1), by_token)
         return slope.div_(ctx.temperature), None, None, None, None, None, None
 
 
-class _Chunked(torch.autograd.Function):
+class _WithEntropy(torch.autograd.Function):
     """Forward keeps hidden states only; backward forms the logits again, now with a slope for each row."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, entropy: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float,
         chunk: int | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         values = torch.zeros(3, len(ids), dtype=wide, device=hidden.device)
 
         def record(rows: slice, logits: Tensor) -> Tensor:
-            for place, part in enumerate(_of_rows(logits, ids[rows], temperature, entropy)):
+            for place, part in enumerate(_of_rows(logits, ids[rows], temperature, True)):
                 if part is not None:
                     values[place, rows] = part.to(wide)
             return values[0, rows]
@@ -236,21 +237,20 @@ class _Chunked(torch.autograd.Function):
         with torch.no_grad():
             rows_chunked(record, [LinearHead(hidden, weight, bias)], values.new_ones(len(ids)), chunk=chunk)
         ctx.save_for_backward(hidden, weight, bias, ids, values[1], values[2])
-        ctx.options = (temperature, entropy, chunk)
+        ctx.options = (temperature, chunk)
         return values[0].clone(), values[1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_log_probs: Tensor, by_entropy: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, ids, spread, log_partition = ctx.saved_tensors
-        temperature, entropy, chunk = ctx.options
+        temperature, chunk = ctx.options
         scale = by_log_probs.abs() + by_entropy.abs()
         safe = torch.where(scale > 0, scale, 1.0)
         first, second = by_log_probs / safe, by_entropy / safe
 
         def slope(rows: slice, logits: Tensor) -> Tensor:
-            weights = first[rows], second[rows] if entropy else None
-            given = (ids[rows], *weights, log_partition[rows], spread[rows], temperature)
+            given = (ids[rows], first[rows], second[rows], log_partition[rows], spread[rows], temperature)
             found: Tensor = _KnownSlope.apply(logits, *given)
             return found
 
@@ -263,4 +263,4 @@ class _Chunked(torch.autograd.Function):
             total = rows_chunked(slope, [LinearHead(*tensors)], scale, chunk=chunk)  # type: ignore[arg-type]
         found = iter(torch.autograd.grad(total, live))
         gradients = [next(found) if t is not None and t.requires_grad else None for t in tensors]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None

@@ -18,6 +18,7 @@ import math
 import operator
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -51,7 +52,7 @@ _EXPRESSION = re.compile(r"[-+(]*\d[\d\s+\-*/%()]*")
 
 
 def load_reward(place: str) -> Reward:
-    """The function named "package.module:name" or "path/to/file.py:name".
+    """The function named "package.module:name", of a module that is installed or here, or "path/to/file.py:name".
 
     Raises ConfigError for another form, DataError for a module, file or name that is not there or fails to load.
     """
@@ -59,7 +60,7 @@ def load_reward(place: str) -> Reward:
     if not where or not name.isidentifier():
         raise ConfigError(f'a reward is named "module:function" or "file.py:function", not {place!r}')
     try:
-        module = _module_of_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = _module_of_file(Path(where)) if where.endswith(".py") else _module_here(where)
         found = getattr(module, name)
     except Exception as error:  # whatever the user's module does when it is imported
         raise DataError(f"the reward {place} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -69,6 +70,16 @@ def load_reward(place: str) -> Reward:
         raise DataError(f"the reward {place} is a class: name a function, or an object made from the class")
     reward: Reward = found
     return reward
+
+
+def _module_here(name: str) -> Any:
+    """The module, looked for in the working directory as well, which the kullback command has not on its path."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
 
 
 def _module_of_file(path: Path) -> Any:
@@ -161,16 +172,33 @@ def _within(call: Callable[[], Any], seconds: float | None) -> Any:
 
 
 def _with_alarm(call: Callable[[], Any], seconds: float) -> Any:
-    def late(number: int, frame: FrameType | None) -> None:
+    late, here, traced = False, inspect.currentframe(), sys.gettrace()
+
+    def watch(frame: FrameType, event: str, value: Any) -> Any:
+        if event == "line":
+            raise _OutOfTime
+        return watch
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # The call may catch all there is and go on. What it does next then ends it: there is no way back into its try.
+        nonlocal late
+        late = True
+        while frame is not None and frame is not here:
+            frame.f_trace, frame = watch, frame.f_back
+        sys.settrace(watch)
         raise _OutOfTime
 
-    before = signal.signal(signal.SIGALRM, late)
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGALRM, end)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 1.0))
     try:
-        return call()
+        found = call()
     finally:
+        sys.settrace(traced)
         signal.setitimer(signal.ITIMER_REAL, outer)
         signal.signal(signal.SIGALRM, before)
+    if late:
+        raise _OutOfTime
+    return found
 
 
 def _in_thread(call: Callable[[], Any], seconds: float) -> Any:
