@@ -49,11 +49,21 @@ def test_the_teacher_of_the_model_is_taught_a_wrong_digit_of_a_quarter():
 
 def test_metrics_of_the_model():
     ends = {"GRPO": 0.4, "distillation": 0.5, "KDRL k2": 0.7, "KDRL k3": 0.6, "KDRL annealed": 0.8}
+    ends |= {"KDRL response mask": 0.65, "KDRL group mask": 0.75, "KDRL exact": 0.9, "KDRL top-k": 0.5}
     got = language_model.model_metrics({name: [{"success": 0.1}, {"success": end}] for name, end in ends.items()})
     assert got["model_gain_over_grpo"] == pytest.approx(0.3)
     assert got["model_gain_over_distillation"] == pytest.approx(0.2)
     assert got["model_annealed_gain"] == pytest.approx(0.1)
     assert got["model_start"] == 0.1
+    assert got["model_masked_gain"] == pytest.approx(-0.05)
+    assert got["model_exact_gain"] == pytest.approx(0.2)
+    assert got["model_kdrl_top_k"] == 0.5
+
+
+def test_steps_until_a_success():
+    points = [{"step": step, "success": value} for step, value in ((0.0, 0.0), (20.0, 0.95), (40.0, 0.8))]
+    assert paper._steps_to(points, 0.9) == 20.0
+    assert paper._steps_to(points, 0.99) == 40.0
 
 
 def test_the_model_in_small_and_the_figure(tmp_path, monkeypatch):
@@ -66,9 +76,17 @@ def test_the_model_in_small_and_the_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "_train", lambda *args, **options: [
         {"step": 200.0, "success": 0.5, "greedy": 0.5, "divergence": 1.0}
     ])  # fmt: skip
+    made, shown = language_model._curve, {}
+
+    def curve(run, name, *given):  # the others are the same job with other options
+        if name in ("GRPO", "distillation", "KDRL group mask", "KDRL top-k"):
+            shown[name] = made(run, name, *given)
+        return shown.get(name, shown["GRPO"])
+
+    monkeypatch.setattr(language_model, "_curve", curve)
     report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
     model = [row for row in report.rows if row.get("model")]
-    assert [row["step"] for row in model] == [0, 1, 2] * 5
+    assert [row["step"] for row in model] == [0, 1, 2] * 9
     starts = {row["divergence"] for row in model if row["step"] == 0}
     assert len(starts) == 1, "all begin as the same student, measured to the same teacher"
     assert "model_gain_over_grpo" in report.metrics

@@ -22,7 +22,7 @@ from kullback.papers.sums import align, write_examples
 __all__ = ["MODEL_METHODS", "model_curves", "model_metrics"]
 
 SUMS, LIMIT, COPIES, WRONG, NOISE = 32, 5000, 10, 4, 0.2  # one in WRONG is taught wrong
-STUDENT, TEACHER, STEPS, EVERY, GROUP, RATE, SAMPLES = 15, 300, 100, 10, 8, 2e-3, 16
+STUDENT, TEACHER, STEPS, EVERY, GROUP, RATE, SAMPLES = 15, 300, 100, 20, 8, 2e-3, 16
 BETA = 0.1
 MODEL_METHODS: dict[str, dict[str, bool | float | str]] = {
     "GRPO": {"beta": 0.0},
@@ -30,6 +30,10 @@ MODEL_METHODS: dict[str, dict[str, bool | float | str]] = {
     "KDRL k2": {"beta": BETA},
     "KDRL k3": {"beta": BETA, "kind": "k3"},
     "KDRL annealed": {"beta": 0.3, "beta_end": 0.01, "schedule": "linear", "delta": 0.3 / 67},
+    "KDRL response mask": {"beta": BETA, "keep": "response"},
+    "KDRL group mask": {"beta": BETA, "keep": "group"},
+    "KDRL exact": {"beta": BETA, "divergence": "exact"},
+    "KDRL top-k": {"beta": BETA, "divergence": "top-k", "top_k": 4},
 }
 
 
@@ -94,7 +98,7 @@ def _other_digit(text: str, place: int, draw: torch.Generator) -> str:
 
 
 def model_metrics(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """What KDRL gains over the reward alone and over the teacher alone, and what the schedule and k2 gain it."""
+    """What KDRL gains over the reward alone and over the teacher alone, and what schedule, masks and laws gain it."""
     end = {name: rows[-1]["success"] for name, rows in found.items()}
     return {
         "model_start": found["GRPO"][0]["success"],
@@ -102,5 +106,8 @@ def model_metrics(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
         "model_gain_over_distillation": end["KDRL k2"] - end["distillation"],
         "model_annealed_gain": end["KDRL annealed"] - end["KDRL k2"],
         "model_k2_minus_k3": end["KDRL k2"] - end["KDRL k3"],
-        **{f"model_{name.lower().replace(' ', '_')}": success for name, success in end.items()},
+        "model_masked_gain": min(end["KDRL response mask"], end["KDRL group mask"]) - end["KDRL k2"],
+        "model_exact_gain": end["KDRL exact"] - end["KDRL k2"],
+        "model_top_k_gain": end["KDRL top-k"] - end["KDRL k2"],
+        **{f"model_{name.lower().replace(' ', '_').replace('-', '_')}": success for name, success in end.items()},
     }

@@ -23,6 +23,7 @@ __all__ = ["draw", "reproduce"]
 
 CONTEXTS, LENGTH, VOCABULARY, SURE, WRONG = 32, 4, 6, 0.8, 0.25
 STEPS, EVERY, GROUP, RATE = 600, 20, 8, 0.03
+SUCCESS = 0.9  # to which the steps are counted
 MODEL_SEEDS = (0, 1, 2)
 BETA, NEVER = 0.1, BetaSchedule(start=0.0)
 CONSTANT = BetaSchedule(start=BETA)
@@ -37,6 +38,8 @@ METHODS: dict[str, Kdrl] = {
     "KDRL response mask": Kdrl(schedule=CONSTANT, keep="response"),
     "KDRL group mask": Kdrl(schedule=CONSTANT, keep="group"),
     "KDRL reward shaping": Kdrl(schedule=CONSTANT, shaping="reward"),
+    "KDRL exact": Kdrl(schedule=CONSTANT, divergence="exact"),
+    "KDRL top-k": Kdrl(schedule=CONSTANT, divergence="top-k", top_k=2),
 }
 
 
@@ -58,19 +61,28 @@ def reproduce(run: Run) -> Report:
         run.event("method", name=name, **curves[name][-1])
     at_200 = {name: next(p["success"] for p in points if p["step"] == 200) for name, points in curves.items()}
     end = {name: points[-1] for name, points in curves.items()}
+    slow, fast = (_steps_to(curves[name], SUCCESS) for name in ("GRPO", "KDRL k2"))
     metrics = {
+        "steps_grpo_over_kdrl": slow / fast,
         "success_gain_at_200": at_200["KDRL k2"] - at_200["GRPO"],
         "kdrl_greedy": end["KDRL k2"]["greedy"],
         "distillation_greedy": end["distillation"]["greedy"],
         "k2_minus_k3": end["KDRL k2"]["success"] - end["KDRL k3"]["success"],
         "grpo_greedy": end["GRPO"]["greedy"],
         "annealed_success": end["KDRL annealed"]["success"],
+        "exact_success": end["KDRL exact"]["success"],
+        "top_k_success": end["KDRL top-k"]["success"],
     }
     if run.seed in MODEL_SEEDS:
         model = model_curves(run)
         metrics |= model_metrics(model)
         rows += [{"method": name, **point} for name, points in model.items() for point in points]
     return Report(metrics=metrics, rows=rows)
+
+
+def _steps_to(points: Sequence[Mapping[str, float]], success: float) -> float:
+    """The steps after which this success was first measured, all of them where it never was."""
+    return next((point["step"] for point in points if point["success"] >= success), points[-1]["step"])
 
 
 def bandit(seed: int) -> Bandit:
@@ -89,10 +101,14 @@ def bandit(seed: int) -> Bandit:
 
 def _token_log_probs(logits: Tensor, x: Tensor) -> Tensor:
     """Log-probabilities [C, G, L] of answers x [C, G, L] under logits or log-probabilities [C, L, V + 1, V]."""
+    return _rows(logits, x).log_softmax(-1).gather(-1, x.unsqueeze(-1)).squeeze(-1)
+
+
+def _rows(logits: Tensor, x: Tensor) -> Tensor:
+    """The logits [C, G, L, V] of each token of the answers."""
     before = torch.cat([torch.full_like(x[..., :1], VOCABULARY), x[..., :-1]], -1)
     contexts, places = torch.arange(CONTEXTS).view(-1, 1, 1), torch.arange(LENGTH)
-    rows = logits[contexts, places, before]
-    return rows.log_softmax(-1).gather(-1, x.unsqueeze(-1)).squeeze(-1)
+    return logits[contexts, places, before]
 
 
 def _sample(logits: Tensor, draw: torch.Generator) -> Tensor:
@@ -127,6 +143,9 @@ def _train(world: Bandit, method: Kdrl, seed: int, *, blind: bool) -> list[dict[
             "completion_mask": torch.ones(CONTEXTS * GROUP, LENGTH, dtype=torch.bool), "step": torch.tensor(step),
             "reference_log_prob": _token_log_probs(world.teacher, x).view(-1, LENGTH),
         }, group=GROUP, generator=draw)  # fmt: skip
+        if method.compares is not None:
+            laws = method.compares(_rows(world.teacher, x), _rows(logits, x))
+            batch["teacher_divergence"] = laws.view(-1, LENGTH)
         loss, _ = method.loss(log_prob, batch, count=method.count(batch))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -157,14 +176,18 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for model, (first, second) in ((False, axes[:2]), (True, axes[2:])):
             some = [row for row in rows if row.get("model", False) is model]
             for name in MODEL_METHODS if model else METHODS:
-                style: dict[str, Any] = {"color": f"C{list(METHODS).index(name)}", "label": name, "linewidth": 1.3}
+                place = list(METHODS).index(name)
+                style: dict[str, Any] = {
+                    "color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--", "label": name,
+                    "linewidth": 1.3,
+                }  # fmt: skip
                 for panel, key in ((first, "success"), (second, "divergence")):
                     panel.plot(*_means([row for row in some if row["method"] == name], key), **style)
             which = "language model" if model else "bandit"
             first.set(xlabel="step", ylabel="chance of the right answer", title=which)
             second.set(xlabel="step", ylabel="KL(student, teacher) (nats)", title=which)
-        axes[1].legend(frameon=False, fontsize=7, loc="upper right")
-        axes[2].legend(frameon=False, fontsize=7)
+        axes[0].legend(frameon=False, fontsize=6, loc="lower right")
+        axes[2].legend(frameon=False, fontsize=6)
 
 
 def _means(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
