@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kullback.align import tradeoff
 from kullback.align.frontier import FrontierEstimator
 from kullback.align.tradeoff import (
     alignment_gap,
@@ -263,3 +264,35 @@ def test_the_estimate_is_the_exact_frontier_of_the_empirical_law():
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("constraint", ["per_prompt", "average"])
+def test_blocks_of_prompts_are_solved_as_each_alone(monkeypatch, constraint):
+    """Ties, outcomes that never occur, a best one of probability e^-650, budgets of 0 and beyond the end, in one."""
+    draw = seeded(3)
+    log_p = torch.randn(40, 9, generator=draw, dtype=torch.float64).log_softmax(-1)
+    r = torch.randn(40, 9, generator=draw, dtype=torch.float64)
+    r[5] = r[5].round()
+    r[6] = 1.0
+    log_p[7, :3] = -math.inf
+    log_p[8, r[8].argmax()] = -650.0
+    log_p = log_p.log_softmax(-1)
+    delta = 2.0 * torch.rand(40, generator=draw, dtype=torch.float64) if constraint == "per_prompt" else 0.4
+    if constraint == "per_prompt":
+        delta[9], delta[10], delta[8] = 0.0, 50.0, 40.0
+    before = log_p.clone(), r.clone()
+    monkeypatch.setattr(tradeoff, "_BLOCK", 9 * 7)
+    found = solve_tilt_for_kl(log_p, r, delta, constraint=constraint)
+    assert torch.equal(log_p, before[0])
+    assert torch.equal(r, before[1])
+    for row in range(40):
+        if constraint == "per_prompt":
+            alone = solve_tilt_for_kl(log_p[row], r[row], delta[row])
+            torch.testing.assert_close(found.beta[row], alone.beta, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(found.log_policy[row], alone.log_policy, rtol=1e-9, atol=1e-9)
+        law = tilt(log_p[row], r[row], found.beta[row])
+        torch.testing.assert_close(found.log_policy[row], law, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.reward[row], (law.exp() * r[row]).sum(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.kl[row], kl(law, log_p[row]).clamp(min=0.0), rtol=1e-11, atol=1e-13)
+    empty = solve_tilt_for_kl(log_p[:0], r[:0], 0.1)
+    assert empty.log_policy.shape == (0, 9)

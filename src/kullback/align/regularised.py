@@ -177,7 +177,7 @@ def _climb(c: Tensor, a: Tensor, low: Tensor, k: float, tolerance: float) -> tup
         torch.add(a, w, out=x)
         if k == 1.0:
             torch.mul(c, x.reciprocal_(), out=terms)
-            total, slope = terms.sum(-1, keepdim=True), torch.linalg.vecdot(terms, x).unsqueeze(-1)
+            total, slope = terms.sum(-1, keepdim=True), terms.mul_(x).sum(-1, keepdim=True)
         else:
             _negative_power(x, k, terms).mul_(c)
             total, slope = terms.sum(-1, keepdim=True), terms.div_(x).sum(-1, keepdim=True)

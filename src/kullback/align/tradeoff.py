@@ -71,19 +71,30 @@ def _checked(log_reference: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         raise ShapeError(f"log-probabilities and rewards are both [..., N], got {shapes}") from None
     if log_p.ndim == 0 or log_p.shape[-1] == 0:
         raise ShapeError("log-probabilities and rewards are over at least one outcome, got none")
-    rows = log_p.reshape(-1, log_p.shape[-1])
-    sums = [part.exp().sum(-1) for part in rows.split(max(1, _BLOCK // rows.shape[1]))]
-    total = torch.cat(sums).view(log_p.shape[:-1]).log()
+    total, plain = _sums(log_p.reshape(-1, log_p.shape[-1]), r.reshape(-1, r.shape[-1]))
+    total = total.view(log_p.shape[:-1]).log()
     if not bool((total.abs() <= 1e-6).all()):
         worst = total.flatten()[(total.abs().nan_to_num(nan=math.inf)).argmax()]
         raise DataError(f"the reference does not sum to 1 (its log-sum is {worst:.2g}): take log_softmax of its logits")
-    if bool(log_p.amin() > -math.inf) and all(bool(end.isfinite()) for end in r.aminmax()):  # a NaN is both ends
+    if plain:
         return log_p, r
     held = log_p > -math.inf
     if not bool(r.masked_fill(~held, 0.0).isfinite().all()):
         raise DataError("a reward of an outcome that the reference can have is not finite: score it again or mask it")
     lowest = r.masked_fill(~held, math.inf).amin(-1, keepdim=True)
     return log_p, torch.where(held, r, lowest)
+
+
+def _sums(log_p: Tensor, r: Tensor) -> tuple[Tensor, bool]:
+    """The sums of exp(log_p [B, N]), and whether neither it nor r has an infinite entry or one that is not a number."""
+    total, size = log_p.new_empty(len(log_p)), max(1, _BLOCK // log_p.shape[1])
+    workspace, plain = log_p.new_empty(min(size, len(log_p)), log_p.shape[1]), True
+    for begin in range(0, len(log_p), size):  # both are read once, since memory is slower than the arithmetic
+        block = slice(begin, begin + size)
+        part = log_p[block]
+        torch.sum(torch.exp(part, out=workspace[: len(part)]), -1, out=total[block])
+        plain = plain and bool(part.amin() > -math.inf) and all(bool(end.isfinite()) for end in r[block].aminmax())
+    return total, plain
 
 
 def _checked_beta(beta: float | Tensor, like: Tensor) -> Tensor:
@@ -141,7 +152,13 @@ def largest_kl(log_reference: Tensor, reward: Tensor) -> Tensor:
 
 def _largest(log_p: Tensor, r: Tensor) -> Tensor:
     highest, place = r.max(-1, keepdim=True)
-    if bool(((r == highest).sum(-1) == 1).all()):  # no ties: no exponentials, which are slow at -inf
+    return _limit(log_p, r, highest, place, torch.empty_like(r))
+
+
+def _limit(log_p: Tensor, r: Tensor, highest: Tensor, place: Tensor, workspace: Tensor) -> Tensor:
+    """-log of the mass on r = highest [..., 1], which is at `place` and perhaps elsewhere."""
+    others = torch.scatter(r, -1, place, -math.inf, out=workspace).amax(-1, keepdim=True)
+    if bool((others < highest).all()):  # no ties: no exponentials, which are slow at -inf
         return -log_p.gather(-1, place).squeeze(-1).clamp(max=0.0)
     best = log_p.masked_fill(r < highest, -math.inf)
     top = best.amax(-1, keepdim=True)
@@ -149,53 +166,57 @@ def _largest(log_p: Tensor, r: Tensor) -> Tensor:
 
 
 def _moments(
-    log_p: Tensor, r: Tensor, beta: Tensor, squares: Tensor | None = None, workspace: Tensor | None = None
+    log_p: Tensor, r: Tensor, beta: Tensor, workspace: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL, mean and variance of r under the tilt, [B, N] to [B], with r <= 0 whose maximum is 0.
 
-    squares: r^2; workspace: what the weights are written to. With both, the weights are taken as they are: none exceeds
-    1 and the best has that of the reference, which must be a number that float64 holds.
+    workspace [B, N]: what the weights are written to, since memory that is new at every step takes longer than the
+    arithmetic. The weights are then taken as they are: none exceeds 1 and the best has that of the reference, which
+    must be a number that float64 holds.
     """
-    logits = torch.addcmul(log_p, beta.unsqueeze(1), r, out=workspace)
-    top = None if workspace is not None else logits.amax(1, keepdim=True)
-    weights = (logits if top is None else logits.sub_(top)).exp_()
+    weights = torch.addcmul(log_p, beta.unsqueeze(1), r, out=workspace)
+    top = None if workspace is not None else weights.amax(1, keepdim=True)
+    weights = (weights if top is None else weights.sub_(top)).exp_()
     total = weights.sum(1)
-    mean = torch.linalg.vecdot(weights, r) / total
+    mean = weights.mul_(r).sum(1).div_(total)
     # r is at most 0 and 0 at its best, so that squares about 0 lose nothing where the tilt has gone to its end
-    second = torch.linalg.vecdot(weights, r.square() if squares is None else squares) / total
+    second = weights.mul_(r).sum(1).div_(total)
     log_z = total.log() if top is None else total.log() + top.squeeze(1)
     return (beta * mean - log_z).clamp_(min=0.0), mean, (second - mean.square()).clamp_(min=0.0)
 
 
-def _root(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
+def _root(
+    log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float, workspace: Tensor
+) -> Tensor:
     """beta [B] with KL = delta in (0, limit): Newton's method on a scale that bends little, within a bracket.
 
     sqrt(-log(1 - KL / limit)) is linear in beta near 0 and grows like its square root at the end.
     """
-
-    def bent(value: Tensor) -> Tensor:
-        return (-torch.log1p(-value / limit)).sqrt()
-
-    wanted = bent(delta)
+    held = workspace[: len(r)] if bool((limit < _HELD).all()) else None
+    share, most = -1.0 / limit, limit * (1.0 - 1e-15)
+    wanted = torch.log1p(delta * share).neg_().sqrt_()
+    near = tolerance * delta.clamp(max=1.0) + 4e-16
     low, high = torch.zeros_like(delta), torch.full_like(delta, math.inf)
-    squares = r.square()
-    workspace = torch.empty_like(squares) if bool((limit < _HELD).all()) else None
-    variance = _moments(log_p, r, low, squares, workspace)[2]
-    beta = (2.0 * delta / variance).sqrt()
-    for _ in range(200):
-        found, _, variance = _moments(log_p, r, beta, squares, workspace)
+    beta = (2.0 * delta / _moments(log_p, r, low, held)[2]).sqrt()
+    for count in range(200):
+        found, _, variance = _moments(log_p, r, beta, held)
         excess = found - delta
-        done = excess.abs() <= tolerance * delta.clamp(max=1.0) + 4e-16
-        if bool((done | (low >= (1.0 - 4e-16) * high)).all()):
+        done = excess.abs() <= near
+        if count > 6:  # before, no bracket is that narrow
+            done |= low >= (1.0 - 4e-16) * high
+        if bool(done.all()):
             break
-        low, high = torch.where(excess < 0, beta, low), torch.where(excess > 0, beta, high)
-        inside = found.minimum(limit * (1.0 - 1e-15))
-        scale = bent(inside)
-        slope = beta * variance / (2.0 * scale * (limit - inside))
+        short = excess < 0
+        low, high = torch.where(short, beta, low), torch.where(short, high, beta)
+        inside = found.minimum(most)
+        scale = torch.log1p(inside * share).neg_().sqrt_()
+        slope = beta * variance / ((limit - inside) * scale * 2.0)
         proposed = beta - (scale - wanted) / slope
-        between = torch.where(high.isinf(), 2.0 * beta, 0.5 * (low + high))
-        within = (proposed > low) & (proposed < high) & proposed.isfinite()
-        beta = torch.where(done, beta, torch.where(within, proposed, between))
+        within = (proposed > low) & (proposed < high)
+        if not bool(within.all()):
+            between = torch.where(high.isinf(), 2.0 * beta, 0.5 * (low + high))
+            proposed = torch.where(within, proposed, between)
+        beta = torch.where(done, beta, proposed)
     return beta
 
 
@@ -235,30 +256,59 @@ def solve_tilt_for_kl(
         budgets = budget.expand(shape).reshape(-1)
     log_policy = torch.empty_like(flat, memory_format=torch.contiguous_format)
     beta, spent, earned = log_policy.new_empty(3, len(flat))
-    rows = max(1, _BLOCK // flat.shape[1])
+    rows = max(1, min(_BLOCK // flat.shape[1], len(flat)))
+    shifted, workspace = log_policy.new_empty(2, rows, flat.shape[1])
     for begin in range(0, len(flat), rows):  # a block stays in the caches from its root to its reward
         block = slice(begin, begin + rows)
-        p, below = flat[block], rewards[block] - rewards[block].amax(-1, keepdim=True)
+        p, own, used = flat[block], rewards[block], workspace[: len(flat[block])]
+        top, place = own.max(-1, keepdim=True)
+        below = torch.sub(own, top, out=shifted[: len(p)])
+        limit = _limit(p, below, torch.zeros_like(top), place, used)
         if constraint == "average":
             beta[block] = budgets[block]
         else:
-            beta[block] = _roots(p, below, budgets[block], _largest(p, below), tolerance)
-        tilted = _tilted(p, below, beta[block])
-        log_policy[block] = tilted
-        ratio, weights = tilted - p, tilted.exp()
-        direct = torch.linalg.vecdot(weights, ratio)
-        spent[block] = (kl(tilted, p) if bool(direct.isnan().any()) else direct).clamp_(min=0.0)
-        earned[block] = torch.linalg.vecdot(weights, rewards[block])
+            beta[block] = _roots(p, below, budgets[block], limit, tolerance, used)
+        plain = bool(((limit < _HELD) & beta[block].isfinite()).all())
+        write = _write_tilt if plain else _write_any_tilt
+        spent[block], earned[block] = write(log_policy[block], p, below, own, beta[block], used)
     return TiltSolution(beta.view(shape), log_policy.view(log_p.shape), spent.view(shape), earned.view(shape))
 
 
-def _roots(log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float) -> Tensor:
+def _write_tilt(
+    log_policy: Tensor, log_p: Tensor, below: Tensor, reward: Tensor, beta: Tensor, workspace: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes the tilt [B, N] to log_policy; its KL and mean reward [B]. below: the rewards less their maximum, which
+    are written over. For weights that need no shift, see `_moments`.
+    """
+    torch.addcmul(log_p, beta.unsqueeze(1), below, out=log_policy)
+    weights = torch.exp(log_policy, out=workspace)
+    total = weights.sum(1, keepdim=True)
+    log_policy.sub_(total.log())
+    spent = torch.sub(log_policy, log_p, out=below).mul_(weights).sum(1)
+    earned = weights.mul_(reward).sum(1).div_(total.squeeze(1))
+    if bool(spent.isnan().any()):
+        return kl(log_policy, log_p).clamp_(min=0.0), earned
+    return spent.div_(total.squeeze(1)).clamp_(min=0.0), earned
+
+
+def _write_any_tilt(
+    log_policy: Tensor, log_p: Tensor, below: Tensor, reward: Tensor, beta: Tensor, workspace: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for infinite betas and references that are nearly 0 at the best outcome."""
+    log_policy.copy_(_tilted(log_p, below, beta))
+    earned = torch.exp(log_policy, out=workspace).mul_(reward).sum(1)
+    return kl(log_policy, log_p).clamp_(min=0.0), earned
+
+
+def _roots(
+    log_p: Tensor, r: Tensor, delta: Tensor, limit: Tensor, tolerance: float, workspace: Tensor
+) -> Tensor:
     beta = torch.zeros_like(delta).masked_fill(delta >= limit, math.inf)
     open_ = (delta > 0) & (delta < limit)
     if bool(open_.all()):
-        return _root(log_p, r, delta, limit, tolerance)
+        return _root(log_p, r, delta, limit, tolerance, workspace)
     if bool(open_.any()):
-        beta[open_] = _root(log_p[open_], r[open_], delta[open_], limit[open_], tolerance)
+        beta[open_] = _root(log_p[open_], r[open_], delta[open_], limit[open_], tolerance, workspace)
     return beta
 
 
