@@ -73,6 +73,26 @@ def test_klom_against_numpy_and_the_dropped_maximum():
     assert klom(200 * a, 200 * b).isfinite().all(), "margins are clipped"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("include_max", [True, False])
+def test_the_compiled_loops_are_their_twin(dtype, include_max):
+    pytest.importorskip("numba")
+    a, b = normals(40, 600, "a").to(dtype), normals(50, 600, "b", 0.5).to(dtype)
+    a[:, 3], b[:, 3] = 1.0, 1.0  # no spread at all
+    a[0, 4], b[0, 5] = math.inf, -1e9
+    for direction in ("unlearned||oracle", "oracle||unlearned"):
+        found, twin = (
+            klom(a, b, direction=direction, include_max=include_max, clip=3.0, compiled=compiled)
+            for compiled in (True, False)
+        )
+        torch.testing.assert_close(found, twin, atol=1e-12, rtol=0)
+    assert not torch.allclose(klom(a, b, include_max=not include_max), klom(a, b, include_max=include_max))
+    torch.testing.assert_close(klom(a.T.contiguous().T, b), klom(a, b, compiled=False))
+    with pytest.raises(DataError, match="1 margins are NaN"):
+        klom(torch.where(a == a[7, 7], math.nan, a), b)
+    assert klom(a[:, :0], b[:, :0]).shape == (0,)
+
+
 def test_reports_and_floors():
     oracle = normals(120, 50, "a")
     floor = klom_floor(oracle, generator=generator(1, "halves"))

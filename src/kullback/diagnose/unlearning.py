@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, DataError, ShapeError
+from kullback.core.errors import ConfigError, DataError, MissingExtra, ShapeError
 
 _POINTS = 512  # at once, so that they stay in a processor's cache
 
@@ -43,31 +44,55 @@ def klom(
     clip: float = 100.0,
     direction: Literal["unlearned||oracle", "oracle||unlearned"] = "unlearned||oracle",
     include_max: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """KLoM of every point from margins [N, n] of unlearned and [M, n] of retrained models; [n], float64.
 
     Bins span both samples' joint range after clipping; empty bins of the second distribution count as eps. include_max:
-    the largest margin belongs to the last bin; False drops it, as released code of the paper's authors does. Raises
-    ShapeError for fewer than two models, DataError for NaN.
+    the largest margin belongs to the last bin; False drops it, as released code of the paper's authors does. compiled:
+    None takes numba where it is installed and the margins are on a processor. Raises ShapeError for fewer than two
+    models, DataError for NaN, ConfigError, MissingExtra.
 
     >>> klom(torch.zeros(4, 1), torch.ones(4, 1))  # log(1 / eps)
     tensor([11.5129], dtype=torch.float64)
     """
-    _check(unlearned, oracle)
+    _check_shapes(unlearned, oracle)
     if bins < 2 or not 0.0 < eps < 1.0 or not clip > 0.0:
         raise ConfigError(f"bins are 2 or more, eps lies in (0, 1) and clip is positive: {bins}, {eps}, {clip}")
     if direction not in ("unlearned||oracle", "oracle||unlearned"):
         raise ConfigError(f"direction is unlearned||oracle or oracle||unlearned, not {direction!r}")
-    found = []
+    pair = (unlearned, oracle) if direction == "unlearned||oracle" else (oracle, unlearned)
+    fits = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) for x in pair)
+    loops = _numba() if compiled is not False else None
+    if compiled and loops is None:
+        raise MissingExtra("numba", extra="numba")
+    if loops is not None and fits:
+        found = torch.empty(unlearned.shape[1], dtype=torch.float64)
+        rows = (x.detach().contiguous().numpy() for x in pair)
+        if not loops.klom(*rows, bins, eps, clip, include_max, found.numpy()):
+            _check(*pair)
+        return found
+    _check(*pair)
+    parts = []
     for start in range(0, unlearned.shape[1], _POINTS):
-        points = slice(start, start + _POINTS)
-        first, second = (x[:, points].double().clamp(-clip, clip) for x in (unlearned, oracle))
-        low, high = torch.minimum(first.amin(0), second.amin(0)), torch.maximum(first.amax(0), second.amax(0))
-        p, q = (_histogram(x, low, high, bins, include_max) for x in (first, second))
-        if direction == "oracle||unlearned":
-            p, q = q, p
-        found.append((torch.xlogy(p, p) - torch.xlogy(p, torch.where(q > 0, q, eps))).sum(1))
-    return torch.cat(found) if found else unlearned.new_zeros(0, dtype=torch.float64)
+        first, second = (x[:, start : start + _POINTS].double().clamp(-clip, clip) for x in pair)
+        parts.append(_klom(first, second, bins, eps, include_max))
+    return torch.cat(parts) if parts else unlearned.new_zeros(0, dtype=torch.float64)
+
+
+def _numba() -> ModuleType | None:
+    try:
+        from kullback.diagnose import _unlearning_numba
+    except ImportError:
+        return None
+    return _unlearning_numba
+
+
+def _klom(first: Tensor, second: Tensor, bins: int, eps: float, include_max: bool) -> Tensor:
+    """KL(first, second) of some points, clipped."""
+    low, high = torch.minimum(first.amin(0), second.amin(0)), torch.maximum(first.amax(0), second.amax(0))
+    p, q = (_histogram(x, low, high, bins, include_max) for x in (first, second))
+    return (torch.xlogy(p, p) - torch.xlogy(p, torch.where(q > 0, q, eps))).sum(1)
 
 
 def _histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, include_max: bool) -> Tensor:
@@ -82,11 +107,16 @@ def _histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, include_max: boo
     return counted / (len(x) if include_max else counted.sum(1, keepdim=True).clamp(min=1.0))
 
 
-def _check(*margins: Tensor) -> None:
+def _check_shapes(*margins: Tensor) -> None:
     for x in margins:
         if x.ndim != 2 or len(x) < 2 or x.shape[1] != margins[0].shape[1]:
             shapes = " and ".join(str(tuple(x.shape)) for x in margins)
             raise ShapeError(f"margins are [models, points], two models at least and the same points, got {shapes}")
+
+
+def _check(*margins: Tensor) -> None:
+    _check_shapes(*margins)
+    for x in margins:
         if x.isnan().any():
             raise DataError(f"{int(x.isnan().sum())} margins are NaN: a model has diverged, leave it out")
 
