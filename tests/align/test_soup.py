@@ -47,6 +47,9 @@ def test_soft_values_and_the_gain():
     places = torch.multinomial(B.exp(), 100_000, replacement=True, generator=generator(0, "x"))
     sampled = soft_value(A[places], REWARD[places], beta=0.5, log_proposal=B[places]).item()
     assert sampled == pytest.approx(values[0], abs=0.02)
+    given = (A[places], B[places], REWARD[places])
+    assert soup_gain(*given, beta=0.5, log_proposal=B[places]).item() == pytest.approx(gain, abs=0.004)
+    assert soup_gain(*given, beta=0.5, log_proposal=A[places]).item() != pytest.approx(gain, abs=0.004)
 
 
 def test_policy_gradients_end_at_the_tilted_soup_wherever_they_start():

@@ -376,6 +376,7 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"sampling": job.SamplingConfig(server="http://x", temperature=0.5)}, ConfigError, "temperature 1"),
         ({"method": "dpo", "sampling": job.SamplingConfig(server="http://x")}, ConfigError, "sampling.server"),
         ({"sampling": job.SamplingConfig(filter="heavy")}, ConfigError, "heavy"),
+        ({"sampling": job.SamplingConfig(filter="balanced", filter_threshold=0.7)}, ConfigError, "thresholds"),
         ({"method": "dpo", "sampling": job.SamplingConfig(filter="balanced")}, ConfigError, "sampling.filter"),
         ({"model": ""}, ConfigError, "no model"),
         ({"data": job.ExampleConfig()}, ConfigError, "no data"),

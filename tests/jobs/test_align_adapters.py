@@ -56,6 +56,27 @@ def test_adapters_have_the_reference_that_their_saved_soup_is(method, adder, tmp
     assert abs(once[0]["divergence"] - parent[0]["divergence"]) > 1e-3 * parent[0]["divergence"], "another reference"
 
 
+def test_models_that_have_no_average(adder, tmp_path):
+    """Neurons in another order make the same model, and no average of both is one; adapters of one model have one."""
+    permuted = AutoModelForCausalLM.from_pretrained(adder / "model")
+    order = torch.randperm(permuted.config.intermediate_size, generator=generator(0, "order"))
+    with torch.no_grad():
+        for layer in permuted.model.layers:
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight.copy_(part.weight[order])
+            layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
+    permuted.save_pretrained(tmp_path / "permuted")
+    AutoTokenizer.from_pretrained(adder / "model").save_pretrained(tmp_path / "permuted")
+    for other, apart in ((tmp_path / "permuted", True), (adder / "first", False)):
+        told = []
+        config = align_config(adder, method="salsa", reference=(str(adder / "model"), str(other)))
+        run = job.run(config, tmp_path / f"run {apart}", listen=told.append)
+        said = [e["text"] for e in told if e["kind"] == "note" and "the average of the 2 references" in e["text"]]
+        assert len(said) == apart
+        kept = json.loads((run.path / "report.json").read_text())["notes"]
+        assert [note for note in kept if "average" in note] == said
+
+
 def test_an_adapter_is_aligned_with_adapters_of_its_own(adder, tmp_path):
     config = align_config(adder, model=str(adder / "first"), lora=LoraSettings(rank=2))
     run = job.run(config, tmp_path / "run")

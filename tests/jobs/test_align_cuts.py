@@ -53,7 +53,7 @@ def test_completions_of_the_data(method, cut, adder, tmp_path):
     wanted = f"{cut} completions have over data.length = 4 tokens, the end token among them, and are cut there "
     assert told[0].startswith(wanted + "(the longest has 7)")
     assert notes[0] == told[0]
-    assert [event["text"] for event in events if event["kind"] == "cut"] == told[:1]
+    assert [event["text"] for event in events if event["kind"] == "input"] == told[:1]
     whole = replace(config, data=replace(config.data, length=7))
     assert "data.length = 7" not in " ".join(told_and_kept(whole, tmp_path / "whole")[0])
 

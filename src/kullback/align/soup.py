@@ -216,15 +216,20 @@ def soft_value(
     return beta * ((scores - log_proposal).logsumexp(-1) - math.log(scores.shape[-1]))
 
 
-def soup_gain(log_first: Tensor, log_second: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
-    """How much the equal-weight geometric soup attains above the mean of its parents, [..., N] to [...]; may be < 0."""
+def soup_gain(
+    log_first: Tensor, log_second: Tensor, rewards: Tensor, *, beta: float, log_proposal: Tensor | None = None
+) -> Tensor:
+    """How much the equal-weight geometric soup attains above the mean of its parents, [..., N] to [...]; may be < 0.
+
+    Exact over the last dimension, or with log_proposal an importance-weighted estimate over samples of that law.
+    """
     _check_beta(beta)
-    tilted = [(parent + rewards / beta).log_softmax(-1) for parent in (log_first, log_second)]
-    return beta * (_bhattacharyya(log_first, log_second) - _bhattacharyya(*tilted))
-
-
-def _bhattacharyya(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return -(0.5 * (log_p + log_q)).logsumexp(-1)
+    weights = torch.zeros_like(log_first) if log_proposal is None else -log_proposal - math.log(log_first.shape[-1])
+    between, tilt = 0.5 * (log_first + log_second) + weights, rewards / beta
+    partitions = [(parent + tilt + weights).logsumexp(-1) for parent in (log_first, log_second)]
+    # D of the parents, less that of the tilted ones, whose partition functions are taken out.
+    apart = (between + tilt).logsumexp(-1) - between.logsumexp(-1) - 0.5 * (partitions[0] + partitions[1])
+    return beta * apart
 
 
 def _check_beta(beta: float) -> None:

@@ -36,7 +36,7 @@ def write_report(work: Alignment) -> None:
     _draw(work.run.figure("curves"), curves)
     atomic_write(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in _samples(work)))
     written = ["model", "report.json", "samples.jsonl", "curves.csv", "figures/curves.svg"]
-    notes = work.cuts() + said_of_rollouts(curves, rows[-1].get("finished"), work.config.data.length)
+    notes = work.notes + said_of_rollouts(curves, rows[-1].get("finished"), work.config.data.length)
     work.run.report(
         {"rows": rows, "parts": reports, "k": work.config.sampling.validation, "notes": notes, "written": written}
     )

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from kullback.align._hf import AlignTrainer, Reference, adapter_reference, frozen_reference, index_items
-from kullback.align.difficulty import difficulty_filter
+from kullback.align.difficulty import DifficultyFilter, difficulty_filter
 from kullback.align.difficulty_sampler import FilteredSource
 from kullback.align.f_dpg import FDpg
 from kullback.align.scored import ScoredRollouts
-from kullback.align.soup import soup_state_dict
 from kullback.core.errors import ConfigError, RewardError
 from kullback.core.runs import Run
 from kullback.decode.served import ServedSampler
@@ -25,6 +24,7 @@ from kullback.jobs._align_reference import check_served, served_reference, with_
 from kullback.jobs._align_rehearsal import rehearsed
 from kullback.jobs._align_report import METRICS, write_report
 from kullback.jobs._align_rewards import EqualRewards, chosen_reward
+from kullback.jobs._align_soup import averaged
 from kullback.jobs._align_validation import Validation
 from kullback.jobs._checkpoints import RunCheckpoints
 from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer
@@ -83,11 +83,12 @@ class Alignment:
         self._check_positions(self.policy(config.seeds[0]))
         self.reference_server = served_reference(config.reference)
         self.reference_ends: list[int] = []  # the end tokens of the references' own
+        self.notes = said_of_examples([training, validation], config.data)  # what to know about the input
         self.reference_model = self._reference_model()
         self.server = ServedSampler(config.sampling.server) if config.sampling.server else None
         self.run = start_run(self.state, out, config, kind="align", resume=resume)
-        for text in self.cuts():
-            self._note(self.run, "cut", text)
+        for text in self.notes:
+            self._note(self.run, "input", text)
         with removed_on_error(out if fresh and self.state.is_main_process else None):
             self.validation = Validation(self, validation)
 
@@ -103,10 +104,6 @@ class Alignment:
             )
             for seed in config.seeds
         ]  # fmt: skip
-
-    def cuts(self) -> list[str]:
-        """What of the examples is too long, in sentences."""
-        return said_of_examples([self.examples, self.validation_examples], self.config.data)
 
     def train(self, part: Part) -> None:
         """Train one part to its end, from its latest checkpoint; a part that is finished is left as it is."""
@@ -183,10 +180,13 @@ class Alignment:
         )
         if not sampling.filter:
             return source
-        keep: Any = sampling.filter
         return FilteredSource(
-            source=source, keep=difficulty_filter(keep), max_draws=sampling.most_draws, told=self._groups_told(run)
+            source=source, keep=self._filter(), max_draws=sampling.most_draws, told=self._groups_told(run)
         )
+
+    def _filter(self) -> DifficultyFilter:
+        mode: Any = self.config.sampling.filter
+        return difficulty_filter(mode, self.config.sampling.filter_threshold)
 
     def _groups_told(self, run: Run) -> Callable[[int, int], None]:
         """Records how many groups a step drew and how many of them were kept."""
@@ -230,8 +230,7 @@ class Alignment:
         if self.config.sampling.filter and self.kind != "online":
             raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.filter out")
         if self.config.sampling.filter:
-            keep: Any = self.config.sampling.filter
-            difficulty_filter(keep)
+            self._filter()
         if self.config.sampling.server and self.kind != "online":
             raise ConfigError(f"{self.config.method.name} learns from given completions: leave sampling.server out")
         method = chosen_method(self.config.method).method
@@ -289,10 +288,13 @@ class Alignment:
             self.reference_ends.append(tokenizer.eos_token_id)
         check_one_base(folders)
         models = [load_model(folder, role="reference") for folder in folders]
-        if len(models) > 1:
-            mixed = soup_state_dict([m.state_dict() for m in models], self.config.reference_weights or None)
-            models[0].load_state_dict(mixed)
-        return models[0]
+        if len(models) == 1:
+            return models[0]
+        return averaged(
+            models, self.config.reference_weights or None, self.validation_examples.prompts,
+            length=self.config.data.length, end=self.tokenizer.eos_token_id, vocabulary=len(self.tokenizer),
+            tell=self.notes.append,
+        )  # fmt: skip
 
     def reward_failed(self, run: Run) -> Any:
         """What happens when a reward fails: None stops the job, else it is told and recorded."""

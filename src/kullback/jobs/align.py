@@ -63,7 +63,8 @@ class SamplingConfig:
     validation: completions a validation prompt; batch: prompts that are sampled at once, 0 for all; server: the address
     of an OpenAI-compatible server that draws the training completions in the policy's place, from a copy of it: they
     have the server's log-probabilities, to which the ratio is clipped; filter: balanced, easy, hard or nonzero, to
-    train on groups of that difficulty only, drawing at most most_draws prompts a step for them.
+    train on groups of that difficulty only, drawing at most most_draws prompts a step for them; filter_threshold: t,
+    where the share of right answers is from t on (easy), up to 1 - t (hard), or both (balanced).
     """
 
     group: int = 8
@@ -72,6 +73,7 @@ class SamplingConfig:
     batch: int = 0
     server: str = ""
     filter: str = ""
+    filter_threshold: float = 0.25
     most_draws: int = 256
 
 
