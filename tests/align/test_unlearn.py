@@ -15,7 +15,7 @@ from kullback.align.unlearn import (
 )
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.rng import generator
-from kullback.models.ensemble import EnsembleMLP, StackedEnsemble, _by_autograd, _by_hand, train_ensemble
+from kullback.models.ensemble import EnsembleMLP, StackedEnsemble, _by_autograd, _Stack, train_ensemble
 
 OTHERS = {"descent": gradient_descent, "ascent": gradient_ascent, "both": gradient_descent_ascent, "scrub": scrub}
 
@@ -168,15 +168,29 @@ def test_an_ensemble_is_many_single_models(monkeypatch):
 def test_gradients_by_hand_are_those_of_autograd():
     given = problem()
     share = torch.rand(3, 60, generator=generator(5, "share"), dtype=torch.float64)
-    for inputs in (given.inputs, given.inputs + torch.arange(3.0).view(3, 1, 1)):
-        ensemble = EnsembleMLP(3, (5, 7, 6, 2), generator=generator(6), dtype=torch.float64)
-        _by_hand(ensemble.weights, ensemble.biases, inputs, given.labels, share)
-        found = [p.grad.clone() for p in ensemble.parameters()]
-        _by_autograd(ensemble, inputs, given.labels, share)
-        for mine, p in zip(found, ensemble.parameters(), strict=True):
-            torch.testing.assert_close(mine, p.grad, atol=1e-12, rtol=0)
-    _by_hand(ensemble.weights, ensemble.biases, inputs, 1 - given.labels, share)
-    assert not torch.allclose(ensemble.weights[0].grad, found[0])
+
+    def parts(ensemble):
+        return [p.data for p in ensemble.weights], [p.data for p in ensemble.biases]
+
+    def by_hand(ensemble, inputs, labels):
+        """Read off as what is written back in place of the weights; twice, as no step may leave a trace in the next."""
+        stack = _Stack(parts(ensemble), inputs, labels, share)
+        stack.backward()
+        stack.backward()
+        for parameter in stack.parameters:
+            parameter.data.copy_(parameter.grad)
+        found = EnsembleMLP(3, (5, *[w.shape[2] for w in ensemble.weights]), generator=generator(0)).double()
+        stack.write(parts(found))
+        return list(found.parameters())
+
+    for sizes in ((5, 7, 6, 2), (5, 2)):
+        for inputs in (given.inputs, given.inputs + torch.arange(3.0).view(3, 1, 1)):
+            ensemble = EnsembleMLP(3, sizes, generator=generator(6), dtype=torch.float64)
+            found = by_hand(ensemble, inputs, given.labels)
+            _by_autograd(ensemble, inputs, given.labels, share)
+            for mine, p in zip(found, ensemble.parameters(), strict=True):
+                torch.testing.assert_close(mine.data, p.grad, atol=1e-12, rtol=0)
+            assert not torch.allclose(by_hand(ensemble, inputs, 1 - given.labels)[0], found[0])
 
 
 def test_training_by_hand_is_that_of_a_plain_module():

@@ -1,7 +1,8 @@
 """Many small networks trained at once: weights with a leading dimension, one product for all models of a layer.
 
-Perceptrons are trained with gradients written out by hand, examples in the last dimension: without a graph, and with
-the first layers of all models as one product. Modules of any other kind are stacked and mapped over.
+Perceptrons are trained with gradients written out by hand, examples in the last dimension: without a graph, in buffers
+that stay from step to step, and with the first layers of all models as one product. Modules of any other kind are
+stacked and mapped over.
 """
 
 from __future__ import annotations
@@ -139,13 +140,13 @@ def train_ensemble(
         return ensemble
     for start in range(0, ensemble.count, _TOGETHER):
         rows = slice(start, start + _TOGETHER)
-        own = [nn.Parameter(p.data[rows]) for p in ensemble.weights]
-        biases = [nn.Parameter(p.data[rows]) for p in ensemble.biases]
-        given = inputs if inputs.ndim == 2 else inputs[rows]
-        optimizer = torch.optim.AdamW([*own, *biases], **options)  # type: ignore[arg-type]
+        some = tuple([p.data[rows] for p in kind] for kind in (ensemble.weights, ensemble.biases))
+        stack = _Stack(some, inputs if inputs.ndim == 2 else inputs[rows], labels, share[rows])
+        optimizer = torch.optim.AdamW(stack.parameters, **options)  # type: ignore[arg-type]
         for _ in range(steps):
-            _by_hand(own, biases, given, labels, share[rows])
+            stack.backward()
             optimizer.step()
+        stack.write(some)
     return ensemble
 
 
@@ -156,35 +157,66 @@ def _by_autograd(ensemble: nn.Module, inputs: Tensor, labels: Tensor, share: Ten
     (losses * share).sum().backward()  # type: ignore[no-untyped-call]
 
 
-@torch.no_grad()
-def _by_hand(
-    all_weights: Sequence[Tensor], all_biases: Sequence[Tensor], inputs: Tensor, labels: Tensor, share: Tensor
-) -> None:
-    """The same, layer by layer; activations are [count, width, n]."""
-    (*weights, top), (*biases, top_bias) = all_weights, all_biases
-    entering = inputs.T if inputs.ndim == 2 else inputs.transpose(1, 2)
-    activations = [entering]
-    for weight, bias in zip(weights, biases, strict=True):
-        entering = _layer(weight, bias, entering).relu_()
-        activations.append(entering)
-    wrong = _layer(top, top_bias, entering).softmax(1)
-    wrong.scatter_add_(1, labels.expand(len(top), 1, -1), wrong.new_full((), -1.0).expand(len(top), 1, len(labels)))
-    wrong *= share.to(wrong.dtype).unsqueeze(1)
-    layers = list(zip(all_weights, all_biases, activations, strict=True))
-    for place, (weight, bias, entering) in reversed(list(enumerate(layers))):
-        bias.grad = wrong.sum(2).unsqueeze(1)
+class _Stack:
+    """Perceptrons [count] with a gradient by hand: weights as [count, out, in], activations as [count, width, n].
+
+    given: copies are made of the weights [count, in, out] and of the biases [count, 1, out] of all layers. Where all
+    models have the same inputs, the first biases are a last column of the first weights.
+    """
+
+    def __init__(self, given: Sequence[Sequence[Tensor]], inputs: Tensor, labels: Tensor, share: Tensor) -> None:
+        turned = [[x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in kind] for kind in given]
+        self.alike = inputs.ndim == 2
+        self.inputs = inputs.transpose(-2, -1).contiguous()
+        if self.alike:
+            turned[0][0] = torch.cat([turned[0][0], turned[1].pop(0)], 2)
+            self.inputs = torch.cat([self.inputs, inputs.new_ones(1, len(inputs))])
+        self.weights, self.biases = ([nn.Parameter(x) for x in kind] for kind in turned)
+        self.parameters = [*self.weights, *self.biases]
+        self.gradients = [torch.empty_like(parameter.data) for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        self.layers = [w.data.new_empty(*w.shape[:2], self.inputs.shape[-1]) for w in self.weights]
+        self.slopes = [torch.empty_like(layer) for layer in self.layers[:-1]]
+        self.share = share.to(self.inputs.dtype)
+        self.taken = -self.share.unsqueeze(1)
+        self.labels = labels.expand(len(share), 1, -1)
+
+    @torch.no_grad()
+    def backward(self) -> None:
+        """Set the gradients of the weighted cross-entropy."""
+        entering, (*hidden, top) = self.inputs, self.layers
+        for place, layer in enumerate(self.layers):
+            self._enter(place, entering, layer)
+            entering = layer if layer is top else layer.relu_()
+        top.sub_(top.amax(1, keepdim=True)).exp_()
+        wrong = top.mul_((self.share / top.sum(1)).unsqueeze(1)).scatter_add_(1, self.labels, self.taken)
+        for place in reversed(range(len(self.weights))):
+            weight, entering = self.weights[place].data, hidden[place - 1] if place else self.inputs
+            gradient = self.gradients[place]
+            if entering.ndim == 2:
+                torch.mm(wrong.flatten(0, 1), entering.T, out=gradient.flatten(0, 1))
+                return
+            torch.sum(wrong, 2, keepdim=True, out=self.gradients[len(self.weights) + place - self.alike])
+            torch.bmm(wrong, entering.transpose(1, 2), out=gradient)
+            if place:
+                torch.bmm(weight.transpose(1, 2), wrong, out=self.slopes[place - 1])
+                wrong = self.slopes[place - 1].mul_(entering.sign_())
+
+    def _enter(self, place: int, entering: Tensor, out: Tensor) -> None:
+        weight = self.weights[place].data
         if entering.ndim == 2:
-            turned = (wrong.flatten(0, 1) @ entering.T).view(len(top), -1, len(entering))
-            weight.grad = turned.transpose(1, 2).contiguous()  # a fused optimiser reads memory in order
+            torch.mm(weight.flatten(0, 1), entering, out=out.flatten(0, 1))
         else:
-            weight.grad = entering @ wrong.transpose(1, 2)
-        if place:
-            wrong = (weight @ wrong).mul_(entering.sign_())
+            torch.baddbmm(self.biases[place - self.alike].data, weight, entering, out=out)
 
-
-def _layer(weight: Tensor, bias: Tensor, entering: Tensor) -> Tensor:
-    """[count, out, n] of what enters, [count, in, n], or [in, n] for all models alike."""
-    turned = weight.transpose(1, 2)
-    if entering.ndim == 3:
-        return torch.baddbmm(bias.transpose(1, 2), turned, entering)
-    return torch.addmm(bias.reshape(-1, 1), turned.flatten(0, 1), entering).view(len(weight), -1, entering.shape[1])
+    def write(self, places: Sequence[Sequence[Tensor]]) -> None:
+        """Copy what was learnt to weights [count, in, out] and biases [count, 1, out], those of all layers each."""
+        learnt = [[x.data.transpose(1, 2) for x in kind] for kind in (self.weights, self.biases)]
+        if self.alike:
+            first = learnt[0][0]
+            learnt[0][0] = first[:, :-1]
+            learnt[1].insert(0, first[:, -1:])
+        for kind, found in zip(places, learnt, strict=True):
+            for x, value in zip(kind, found, strict=True):
+                x.copy_(value)
