@@ -118,27 +118,32 @@ class _Head:
 
     def gradients(self, grad: Tensor, sums: Tensor, wants: tuple[bool, ...]) -> list[Tensor | None]:
         """By hidden, weight and bias, each where it is wanted."""
-        unit = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
-        by_row = (grad / (unit * self.temperature)).unsqueeze(1)  # so that halves do not underflow
-        spread = -by_row if self.room.dtype != self.wide else -by_row / sums.unsqueeze(1)
-        by_hidden = self.hidden.new_zeros(self.hidden.shape, dtype=self.wide) if wants[0] else None
-        by_weight = self.weight.new_zeros(self.weight.shape, dtype=self.wide) if wants[1] else None
+        half = self.room.dtype != self.wide
+        unit = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny) if half and len(grad) else None
+        by_row = (grad / self.temperature).unsqueeze(1)
+        by_row = by_row if unit is None else by_row / unit  # so that halves do not underflow
+        spread = -by_row if half else -by_row / sums.unsqueeze(1)
+        by_hidden = self.hidden.new_empty(self.hidden.shape, dtype=self.wide) if wants[0] else None
+        by_weight: Tensor | None = None
         by_bias = self.bias.new_zeros(self.bias.shape, dtype=self.wide) if wants[2] and self.bias is not None else None
         for rows in reversed(list(self.chunks())):
             hidden, token, f, g = self.hidden[rows], self.ids[rows], spread[rows], by_row[rows]
             e = self.room[: rows.stop - rows.start] if self.held == rows else self.exponentials(rows, sums)
             if by_hidden is not None:
                 by_hidden[rows] = torch.mm(e, self.weight) * f + self.weight[token] * g
-            if by_weight is not None:
-                _add_product(by_weight, e.T, (hidden * f).to(e.dtype))
+            if wants[1]:
+                by_weight = _with_product(by_weight, e.T, (hidden * f).to(e.dtype), self.wide)
                 by_weight.index_add_(0, token, (hidden * g).to(self.wide))
             if by_bias is not None:
                 by_bias.add_((e.T @ f.to(e.dtype)).squeeze(1)).index_add_(0, token, g.squeeze(1).to(self.wide))
-        return [None if part is None else part.mul_(unit) for part in (by_hidden, by_weight, by_bias)]
+        if wants[1] and by_weight is None:
+            by_weight = self.weight.new_zeros(self.weight.shape, dtype=self.wide)
+        found = (by_hidden, by_weight, by_bias)
+        return list(found) if unit is None else [None if part is None else part.mul_(unit) for part in found]
 
 
-def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
-    if total.dtype == one.dtype:
-        total.addmm_(one, other)
-    else:
-        total.add_(one @ other)
+def _with_product(total: Tensor | None, one: Tensor, other: Tensor, wide: torch.dtype) -> Tensor:
+    """The total and the product: it is as large as the weights, so that a pass over zeros is worth leaving out."""
+    if total is None:
+        return torch.mm(one, other).to(wide)
+    return total.addmm_(one, other) if total.dtype == one.dtype else total.add_(one @ other)
