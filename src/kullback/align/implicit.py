@@ -171,8 +171,8 @@ def _baseline(
         raise ConfigError(f'baseline is "zero", "profile" or a scalar tensor, not {baseline!r}')
     if scaled.numel() < 2:
         raise ShapeError(
-            f'baseline="profile" is one for several demonstrations, and there are {scaled.numel()}: take a larger batch '
-            "and drop a smaller last one"
+            f'baseline="profile" is one for several demonstrations, and there are {scaled.numel()}: take a larger batch'
+            " and drop a smaller last one"
         )
     # Weights fall in x and are 1 at x = 0, so c lies between the b d's, reversed.
     low, high = -scaled.amax(), -scaled.amin()
