@@ -39,6 +39,19 @@ def test_the_sets_to_calibrate_on_are_of_other_digits(data, monkeypatch):
     assert not (set(data[1][(masks == 0).any(0)].tolist()) & set(paper.DIGITS))
 
 
+def test_margins_are_kept_at_the_median_point_of_each_set(data):
+    problem = paper.ForgetProblem(data[0], data[1], torch.tensor([4, 9, 2]))
+    same = torch.linspace(-1.0, 1.0, 40).unsqueeze(1).expand(40, 600)
+    moved = same.clone()
+    moved[:, 4] += 0.7
+    moved[:, 9] += 5.0
+    rows = paper._kept({"retrained": same, "nothing": moved}, problem)
+    forgotten, retained = rows[1], rows[3]
+    assert (forgotten["point"], forgotten["set"], retained["set"]) == (4, "forgotten", "retained")
+    assert forgotten["margins"] == pytest.approx(moved[:, 4].tolist(), abs=1e-3)
+    assert retained["point"] not in (4, 9, 2)
+
+
 @pytest.mark.reproduce
 def test_one_seed_in_small(tmp_path, monkeypatch):
     for name, value in {"MODELS": 6, "SUBSETS": (20, 40), "CHUNK": 20, "DIGITS": (8,), "REPEATS": 1}.items():
@@ -46,7 +59,11 @@ def test_one_seed_in_small(tmp_path, monkeypatch):
     monkeypatch.setitem(paper.MATCHING, "epochs", 30)
     monkeypatch.setattr(paper, "CURVE", (10,))
     report = paper.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=0))
-    by_name = {row["method"]: row for row in report.rows}
+    kept = [row for row in report.rows if "margins" in row]
+    assert [row["set"] for row in kept] == 4 * ["forgotten"] + 4 * ["retained"]
+    assert {row["margins_of"] for row in kept} == {"retrained", *paper.SHOWN}
+    assert all(len(row["margins"]) == 6 for row in kept)
+    by_name = {row["method"]: row for row in report.rows if "method" in row}
     assert {"nothing", "floor", "oracle", "DMM 20", "DMM 40", "TRAK", "calibrated"} < by_name.keys()
     assert by_name["oracle"]["forget"] < by_name["nothing"]["forget"]
     curve = [by_name[name] for name in ("nothing", "oracle after 10", "oracle")]

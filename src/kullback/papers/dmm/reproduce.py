@@ -1,7 +1,8 @@
 """Unlearning two coherent sets of digits: by datamodel matching, by an oracle's outputs, and by five older ways.
 
 "DMM" has the shifts as datamodels of 200, 400 and 700 models predict them; "calibrated" those of 700, and "TRAK" those
-of projected gradients, scaled by what was seen of models retrained without like sets of the other digits.
+of projected gradients, scaled by what was seen of models retrained without like sets of the other digits. Of two points
+for each set, a forgotten and a retained one, the margins of all models are kept for histograms.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ DIGITS = (8, 3)  # whose most isolated example and its nearest neighbours are fo
 REPEATS = 12  # retrained models for each like set of another digit, to calibrate
 MEMBERS, PROJECTED = 10, 512  # models and dimensions of TRAK
 CURVE = (15, 50)  # steps at which the matchings are judged besides
+SHOWN = ("nothing", "calibrated", "oracle")  # whose margins are kept beside those of retrained models
 
 
 def reproduce(run: Run) -> Report:
@@ -62,8 +64,9 @@ def reproduce(run: Run) -> Report:
     ratios: dict[str, list[float]] = {"dmm": [], "oracle": [], "retain": [], "validation": [], "ordered": []}
     for digit in DIGITS:
         problem = ForgetProblem(data[0], data[1], _neighbours(data[0], data[1], digit))
-        found = _compare(data, problem, original, attributions, run.seed)
+        found, kept = _compare(data, problem, original, attributions, run.seed)
         rows += [{"digit": digit, "method": name, **values} for name, values in found.items()]
+        rows += [{"digit": digit, **row} for row in kept]
         best = min(v["forget"] for name, v in found.items() if name.split(" ")[0] in _BASELINES)
         matched, nothing = found["calibrated"], found["nothing"]
         ratios["dmm"].append(matched["forget"] / best)
@@ -148,26 +151,32 @@ def _held_out(data: Data, seed: int) -> tuple[Tensor, Tensor]:
 def _compare(
     data: Data, problem: ForgetProblem, original: EnsembleMLP,
     attributions: Mapping[str, tuple[Tensor, tuple[float, float]]], seed: int,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:  # fmt: skip
+    """KLoM of every method, and rows of the margins at two points."""
     weights = torch.ones(MODELS, POINTS)
     weights[:, problem.forget] = 0.0
     oracles = [_trained(data, MODELS, weights, seed, f"oracle {name}") for name in ("a", "b", "c")]
     true = _margins(oracles[0], data)
 
-    def judged(model: torch.nn.Module, steps: int) -> dict[str, float]:
-        values = klom(_margins(model, data), true)
+    seen = {"retrained": true}
+
+    def judged(model: torch.nn.Module, steps: int, name: str = "") -> dict[str, float]:
+        margins = _margins(model, data)
+        if name in SHOWN:
+            seen[name] = margins
+        values = klom(margins, true)
         sets = {"forget": problem.forget, "retain": problem.retain}
         sets["validation"] = torch.arange(POINTS, POINTS + VALIDATION)
         return {"steps": steps, **{name: values[points].mean().item() for name, points in sets.items()}}
 
-    found = {"nothing": judged(original, 0), "floor": judged(oracles[1], 0)}
+    found = {"nothing": judged(original, 0, "nothing"), "floor": judged(oracles[1], 0)}
     for name, (model, steps) in _baselines(original, problem, seed).items():
         found[name] = judged(model, steps)
     draw = generator(seed, "matching")
 
-    def matched(targets: Tensor, steps: int) -> dict[str, float]:
+    def matched(targets: Tensor, steps: int, name: str = "") -> dict[str, float]:
         options = {**MATCHING, "epochs": steps}
-        return judged(datamodel_matching(original, problem, targets, generator=draw, **options), steps)
+        return judged(datamodel_matching(original, problem, targets, generator=draw, **options), steps, name)
 
     with torch.no_grad():
         own = original(data[0])
@@ -178,11 +187,23 @@ def _compare(
         scale[problem.forget] = forgotten
         targets[name] = predict_without(beta, own, problem.forget, scale=scale)
     for name, wanted in targets.items():
-        found[name] = matched(wanted, MATCHING["epochs"])
+        found[name] = matched(wanted, MATCHING["epochs"], name)
     for steps in CURVE:
         for name in ("oracle", "calibrated"):
             found[f"{name} after {steps}"] = matched(targets[name], steps)
-    return found
+    return found, _kept(seen, problem)
+
+
+def _kept(seen: Mapping[str, Tensor], problem: ForgetProblem) -> list[dict[str, Any]]:
+    """All models' margins at the point of either set that is its median by KLoM of the untouched models."""
+    values = klom(seen["nothing"], seen["retrained"])
+    rows: list[dict[str, Any]] = []
+    for name, points in (("forgotten", problem.forget), ("retained", problem.retain)):
+        point = int(points[values[points].argsort()[len(points) // 2]])
+        for method, margins in seen.items():
+            numbers = [round(value, 3) for value in margins[:, point].tolist()]
+            rows.append({"point": point, "set": name, "margins_of": method, "margins": numbers})
+    return rows
 
 
 def _margins(model: torch.nn.Module, data: Data) -> Tensor:
@@ -209,9 +230,11 @@ def _baselines(original: EnsembleMLP, problem: ForgetProblem, seed: int) -> dict
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KLoM on forgotten and on retained points of every method, a panel a forget set; and against steps, all seeds."""
+    """KLoM on forgotten and on retained points, a panel a forget set; against steps; and margins at single points."""
+    kept = [row for row in rows if "margins" in row]
+    rows = [row for row in rows if "margins" not in row]
     names = list(dict.fromkeys(row["method"].split(" ")[0] for row in rows))
-    with figure(path, columns=len(DIGITS) + 1, size=(4.6, 3.8)) as axes:
+    with figure(path, columns=len(DIGITS) + 3, size=(3.7, 3.8)) as axes:
         for panel, digit in zip(axes, DIGITS, strict=False):
             for place, name in enumerate(names):
                 mine = [row for row in rows if row["digit"] == digit and "after" not in row["method"]]
@@ -221,7 +244,25 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 panel.plot(x, y, marker, color=f"C{place}", label=name, alpha=0.7, markersize=6)
             panel.set(xlabel=f"KLoM on the forgotten {digit}s (nats)", ylabel="KLoM on retained points (nats)")
         axes[0].legend(frameon=False, fontsize=7)
-        _steps(axes[-1], rows, names)
+        _steps(axes[len(DIGITS)], rows, names)
+        for panel, name in zip(axes[-2:], ("forgotten", "retained")):
+            _histograms(panel, [row for row in kept if row["set"] == name], names)
+            panel.set(xlabel=f"margin at a {name} point", ylabel="models")
+
+
+def _histograms(panel: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """The margins of the first seed's models for the first forget set, in bins that all methods share."""
+    mine = [row for row in rows if (row["seed"], row["digit"]) == (rows[0]["seed"], rows[0]["digit"])]
+    everything = torch.tensor([row["margins"] for row in mine]).flatten()
+    edges = torch.linspace(everything.min().item(), everything.max().item(), 26).tolist()
+    for row in mine:
+        name = row["margins_of"]
+        if name == "retrained":
+            panel.hist(row["margins"], edges, color="0.8", label=name)
+        else:
+            color = f"C{names.index(name)}"
+            panel.hist(row["margins"], edges, histtype="step", color=color, linewidth=1.4, label=name)
+    panel.legend(frameon=False, fontsize=7)
 
 
 def _steps(panel: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
