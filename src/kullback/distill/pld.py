@@ -29,6 +29,7 @@ from kullback.divergences import f_divergence
 from kullback.divergences.plackett_luce import (
     Ranking,
     RankWeights,
+    check_options,
     listwise_loss,
     pld_loss,
     ranking_of,
@@ -61,6 +62,7 @@ class PLDLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        check_options(temperature, weights, topk)
         self.temperature, self.topk, self.ignore_index = temperature, topk, ignore_index
         self.kind = None if isinstance(weights, Tensor) else weights
         self.register_buffer("by_rank", weights if isinstance(weights, Tensor) else None)
@@ -85,6 +87,8 @@ class PLDLoss(nn.Module):
 
     def ranking(self, teacher_logits: Tensor, labels: Tensor) -> Ranking:
         """Order and weights [..., K] of every row, to keep for later epochs; rows that do not count weigh nothing."""
+        if labels.shape != teacher_logits.shape[:-1]:
+            raise ShapeError(f"labels are one a row of logits {tuple(teacher_logits.shape)}, got {tuple(labels.shape)}")
         kept = labels != self.ignore_index
         found = ranking_of(
             teacher_logits[kept], labels[kept], temperature=self.temperature, weights=self.weights, topk=self.topk
@@ -154,9 +158,8 @@ def pld_objective(
     the label is in the loss already, so a share of it is seldom wanted. It needs a text, since the student's own
     samples are no labels. What is measured is KL. Raises ConfigError for weights or numbers that do not exist.
     """
+    check_options(temperature, weights, topk)  # what is wrong with them is said before a run begins
     loss = partial(pld_loss, temperature=temperature, weights=weights, topk=topk, reduction="none")
-    one = torch.zeros(1, 1)
-    loss(one, one, torch.tensor([0]))  # what is wrong with the options is said before a run begins
     truncated = partial(truncated_pld_loss, weights=weights, topk=topk)
     return Objective(
         divergence=f_divergence("kl"), row_term=loss, truncated_row_term=truncated, cross_entropy=cross_entropy

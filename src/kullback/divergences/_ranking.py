@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
-__all__ = ["check_labels", "check_logits", "label_first"]
+__all__ = ["check_labels", "check_logits", "check_picks", "check_temperature", "check_topk", "label_first"]
 
 _BLOCK = 2**17  # numbers sorted at a time on a CPU, so that their keys stay in the cache
 
@@ -37,6 +37,34 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError unless the temperature is a finite number above 0."""
+    if not 0.0 < temperature < math.inf:
+        raise ConfigError(f"temperature must be positive and finite and is {temperature}")
+
+
+def check_topk(topk: int | None) -> None:
+    """Raise ConfigError unless topk is None or a whole number of picks."""
+    if topk is not None and (not isinstance(topk, int | np.integer) or topk < 1):
+        raise ConfigError(f"topk counts the picks, the label among them, and must be at least 1, got {topk}")
+
+
+def check_picks(order: Tensor, weights: Tensor, classes: int) -> None:
+    """Raise ShapeError or DataError unless order [..., K] holds classes and weights broadcast to it, 0 or more."""
+    if order.is_floating_point() or order.dtype == torch.bool:
+        raise ShapeError(f"a ranking holds class indices, got {order.dtype}")
+    try:
+        fits = torch.broadcast_shapes(weights.shape, order.shape) == order.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(f"weights by rank broadcast to the ranking {tuple(order.shape)}, got {tuple(weights.shape)}")
+    if order.numel() and not 0 <= int(order.min()) <= int(order.max()) < classes:
+        raise DataError(f"a ranking of {classes} classes holds indices in 0..{classes - 1}, and this one others")
+    if not bool((weights >= 0.0).all()):  # a NaN is not either
+        raise DataError("weights by rank are nonnegative numbers: a negative one would reward a wrong pick")
+
+
 def _keys(raised: Tensor) -> Tensor:
     """Whole numbers that rise as the float32 falls, and with the class where two are equal."""
     bits = (raised + 0.0).view(torch.int32)  # + 0.0 makes one of both zeros
@@ -47,11 +75,12 @@ def _keys(raised: Tensor) -> Tensor:
 def label_first(logits: Tensor, labels: Tensor, topk: int | None) -> Tensor:
     """The first topk (or all) classes, int64: the label, then by falling logit, ties by index."""
     classes = logits.shape[-1]
-    if topk is not None and topk < 1:
-        raise ConfigError(f"topk counts the picks, the label among them, and must be at least 1, got {topk}")
+    check_topk(topk)
     picks = classes if topk is None else min(topk, classes)
-    if logits.numel() and not bool((logits.amax(-1) < math.inf).all()):  # a NaN is not smaller either
-        raise DataError("teacher logits hold NaN or +inf: such a row has no ranking, so look at the teacher's output")
+    if logits.numel() and not bool(logits.amax(-1).isfinite().all()):  # the largest is NaN where any is
+        raise DataError(
+            "teacher logits hold NaN or +inf, or a row of -inf alone: no ranking; look at the teacher's output"
+        )
     if logits.dtype == torch.float64:
         raised = logits.scatter(-1, labels.unsqueeze(-1), math.inf)
         return raised.sort(dim=-1, descending=True, stable=True).indices[..., :picks]

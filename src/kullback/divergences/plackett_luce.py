@@ -24,11 +24,19 @@ from torch.autograd.function import once_differentiable
 
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.reduce import masked_mean, masked_sum
-from kullback.divergences._ranking import check_labels, check_logits, label_first
+from kullback.divergences._ranking import (
+    check_labels,
+    check_logits,
+    check_picks,
+    check_temperature,
+    check_topk,
+    label_first,
+)
 
 __all__ = [
-    "RankWeights", "Ranking", "listmle_loss", "listwise_loss", "pl_log_prob", "pl_sample", "pl_tied_log_prob",
-    "pl_topk_log_prob", "pld_loss", "rank_weights", "ranking_of", "ranking_of_top", "teacher_optimal_permutation",
+    "RankWeights", "Ranking", "check_options", "listmle_loss", "listwise_loss", "pl_log_prob", "pl_sample",
+    "pl_tied_log_prob", "pl_topk_log_prob", "pld_loss", "rank_weights", "ranking_of", "ranking_of_top",
+    "teacher_optimal_permutation",
 ]  # fmt: skip
 
 RankWeights = Literal["teacher", "uniform", "ce", "position", "position_teacher"]
@@ -120,7 +128,8 @@ def listwise_loss(scores: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
     order: different classes in 0..V-1, of any integer type; weights: nonnegative, broadcast against order. A pick with
     weight 0 adds nothing; another whose score is -inf gives inf. Differentiable once, in scores. Halves are computed in
-    float32. O(K) beside a few passes over V. Raises ShapeError for shapes that do not belong together.
+    float32. O(K) beside a few passes over V. Raises ShapeError for shapes that do not belong together, DataError for
+    classes out of range and for weights that are negative or NaN. NaN scores give NaN.
 
     >>> order = torch.tensor([1, 0, 2])
     >>> listwise_loss(torch.tensor([1.0, 2.0, 0.0]), order, torch.tensor([1.0, 0.0, 0.0]))
@@ -132,6 +141,7 @@ def listwise_loss(scores: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         raise ShapeError(
             f"a ranking has shape [..., K] with 1 <= K <= V for scores {tuple(scores.shape)}, got {tuple(order.shape)}"
         )
+    check_picks(order, weights, scores.shape[-1])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = weights.detach().to(scores.dtype).expand_as(order)
     classes, picks = scores.shape[-1], order.shape[-1]
@@ -158,8 +168,15 @@ def pl_log_prob(scores: Tensor, permutation: Tensor) -> Tensor:
 
 
 def pl_topk_log_prob(scores: Tensor, picks: Tensor) -> Tensor:
-    """The log-probability [...] that a ranking under scores [..., V] begins with picks [..., K], in this order."""
-    return -listwise_loss(scores, picks, torch.ones((), device=scores.device))
+    """The log-probability [...] that a ranking under scores [..., V] begins with picks [..., K], in this order.
+
+    Raises ShapeError, and DataError for picks that are no classes or are picked twice.
+    """
+    value = -listwise_loss(scores, picks, torch.ones((), device=scores.device))
+    seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, picks.long(), True)
+    if not bool((seen.sum(-1) == picks.shape[-1]).all()):
+        raise DataError("a ranking picks every class once at most, and here one is picked again")
+    return value
 
 
 def pl_tied_log_prob(scores: Tensor, ranks: Tensor) -> Tensor:
@@ -171,25 +188,35 @@ def pl_tied_log_prob(scores: Tensor, ranks: Tensor) -> Tensor:
     """
     if ranks.shape != scores.shape or ranks.is_floating_point():
         raise ShapeError(f"ranks are integers of the shape of the scores, {tuple(scores.shape)}")
+    if scores.ndim == 0 or scores.shape[-1] == 0:
+        raise ShapeError(f"scores have shape [..., V] with at least one class, got {tuple(scores.shape)}")
     level, order = ranks.sort(dim=-1, stable=True)
-    picked = scores.gather(-1, order)
+    picked = scores.to(torch.promote_types(scores.dtype, torch.float32)).gather(-1, order)
     left = picked.flip(-1).logcumsumexp(-1).flip(-1)
     place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     begins = torch.ones_like(level, dtype=torch.bool)
     begins[..., 1:] = level[..., 1:] != level[..., :-1]
     first = place.masked_fill(~begins, 0).cummax(-1).values
-    return (picked - left.gather(-1, first)).sum(-1)
+    none = picked == -math.inf  # what has no worth is never picked, not even when nothing else is left
+    return (picked - left.gather(-1, first).masked_fill(none, 0.0)).sum(-1)
 
 
 def pl_sample(scores: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """n rankings [n, ..., V] of scores [..., V]: the order of the scores with Gumbel noise added.
+
+    Classes with a score of -inf come last. Raises ConfigError for n below 1, ShapeError for scores without a class,
+    DataError for scores that are NaN or +inf.
 
     >>> pl_sample(torch.tensor([0.0, 50.0, 100.0]), 1, torch.Generator().manual_seed(0))
     tensor([[2, 1, 0]])
     """
     if n < 1:
         raise ConfigError(f"n counts the rankings that are drawn and must be at least 1, got {n}")
+    if scores.ndim == 0 or scores.shape[-1] == 0:
+        raise ShapeError(f"scores have shape [..., V] with at least one class, got {tuple(scores.shape)}")
     wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    if not bool((wide < math.inf).all()):  # a NaN is not smaller either
+        raise DataError("scores hold NaN or +inf: they have no distribution of rankings")
     noise = torch.empty(n, *wide.shape, dtype=wide.dtype, device=wide.device).exponential_(generator=generator)
     return (wide - noise.log()).argsort(-1, descending=True)
 
@@ -208,7 +235,7 @@ def teacher_optimal_permutation(teacher_logits: Tensor, labels: Tensor, topk: in
     """
     check_logits(teacher_logits, labels)
     check_labels(labels, teacher_logits.shape[-1])
-    return label_first(teacher_logits.detach(), labels, topk)
+    return label_first(teacher_logits.detach(), labels.long(), topk)
 
 
 def rank_weights(log_q: Tensor, order: Tensor, kind: RankWeights | Tensor) -> Tensor:
@@ -221,17 +248,27 @@ def rank_weights(log_q: Tensor, order: Tensor, kind: RankWeights | Tensor) -> Te
     """
     classes, picks = log_q.shape[-1], order.shape[-1]
     if isinstance(kind, Tensor):
-        if kind.shape[-1] not in (picks, classes):
-            raise ShapeError(f"weights by rank have {picks} or {classes} entries, got {kind.shape[-1]}")
-        if not bool((kind >= 0).all()):
-            raise DataError("weights by rank are nonnegative numbers: a negative one would reward a wrong pick")
-        return kind.detach()[..., :picks].to(log_q).expand_as(order)
+        if kind.ndim == 0 or kind.shape[-1] not in (picks, classes):
+            raise ShapeError(f"weights by rank have {picks} or {classes} entries, got {tuple(kind.shape)}")
+        by_rank = kind.detach()[..., :picks].to(log_q)
+        check_picks(order, by_rank, classes)
+        return by_rank.expand_as(order)
     if kind == "teacher":
         return log_q.gather(-1, order).exp()
     if kind == "position_teacher":
         picked = log_q.gather(-1, order)
         return _share_of_the_rest(picked, log_q.scatter(-1, order, -math.inf).logsumexp(-1))
     return _by_rank(kind, picks, classes, log_q)
+
+
+def check_options(temperature: float, kind: RankWeights | Tensor, topk: int | None) -> None:
+    """Raise ConfigError or DataError for options of `pld_loss` that no input could go with."""
+    check_temperature(temperature)
+    check_topk(topk)
+    if isinstance(kind, Tensor):
+        check_picks(torch.zeros(kind.shape, dtype=torch.long), kind, 1)
+    else:
+        rank_weights(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long), kind)
 
 
 def _by_rank(kind: str, picks: int, classes: int, like: Tensor) -> Tensor:
@@ -269,13 +306,31 @@ def ranking_of(
 
     Options as in `pld_loss`. order is int16 or int32 where that holds every class.
     """
-    if not temperature > 0.0:
-        raise ConfigError(f"temperature must be positive and is {temperature}")
+    check_temperature(temperature)
     order = teacher_optimal_permutation(teacher_logits, labels, topk)
-    teacher = teacher_logits.detach().to(torch.promote_types(teacher_logits.dtype, torch.float32))
-    log_q = torch.log_softmax(teacher if temperature == 1.0 else teacher / temperature, -1)
-    small = torch.int16 if teacher.shape[-1] <= 2**15 else torch.int32
-    return Ranking(order.to(small), rank_weights(log_q, order, weights))
+    small = torch.int16 if teacher_logits.shape[-1] <= 2**15 else torch.int32
+    return Ranking(order.to(small), _weights_of(teacher_logits.detach(), order, temperature, weights))
+
+
+def _weights_of(teacher: Tensor, order: Tensor, temperature: float, kind: RankWeights | Tensor) -> Tensor:
+    """The weights [..., K] of every pick, on a CPU a block of rows at a time: no second [..., V] is held."""
+    wide = torch.promote_types(teacher.dtype, torch.float32)
+    if isinstance(kind, Tensor) or kind not in ("teacher", "position_teacher"):
+        return rank_weights(torch.zeros((), dtype=wide, device=teacher.device).expand(teacher.shape), order, kind)
+
+    def part(logits: Tensor, picks: Tensor) -> Tensor:
+        logits = logits.to(wide)
+        return rank_weights(torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1), picks, kind)
+
+    if teacher.device.type != "cpu":
+        return part(teacher, order)
+    classes, picks = teacher.shape[-1], order.shape[-1]
+    rows, picked = teacher.reshape(-1, classes), order.reshape(-1, picks)
+    step = max(_BLOCK * torch.get_num_threads() // classes, 1)
+    found = torch.empty(picked.shape, dtype=wide)
+    for begin in range(0, len(rows), step):
+        found[begin : begin + step] = part(rows[begin : begin + step], picked[begin : begin + step])
+    return found.view(order.shape)
 
 
 def ranking_of_top(
@@ -301,7 +356,7 @@ def ranking_of_top(
     top_ids and top_log_probs [..., K], by falling probability; tail_log_prob [...], the mass of all others;
     label_log_probs and labels [...]; all at the temperature of the weights. topk: at most K, which None stands for.
     Equal probabilities stay as they come. Raises ConfigError for topk out of range, DataError for a label that is no
-    class, ShapeError for shapes that do not belong together.
+    class and for what is no log-probability, ShapeError for shapes that do not belong together.
 
     >>> log_p, label = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), torch.tensor(3)
     >>> ranking_of_top(torch.tensor([0, 1]), log_p[:2], log_p[2:].logsumexp(0), log_p[3], label, classes=4).order
@@ -315,6 +370,9 @@ def ranking_of_top(
     if top_log_probs.shape != top_ids.shape or any(shape != top_ids.shape[:-1] for shape in rows):
         raise ShapeError(f"a truncated teacher has [..., K] classes and one label a row: {top_ids.shape} and {rows}")
     check_labels(labels, classes)
+    check_picks(top_ids, top_log_probs.new_zeros(()), classes)
+    if not all(bool((x <= 1e-2).all()) for x in (top_log_probs, tail_log_prob, label_log_probs)):
+        raise DataError("a truncated teacher gives log-probabilities, 0 at most: here are NaN or others")
     mine = top_ids == labels.unsqueeze(-1)
     others = mine.long().argsort(dim=-1, stable=True)  # the label last, where it is there at all
     order = torch.cat([labels.unsqueeze(-1), top_ids.gather(-1, others[..., : picks - 1])], -1)
@@ -353,8 +411,8 @@ def pld_loss(
     of the student; weights: as in `rank_weights`; topk: the first so many picks, the label among them, with all other
     classes left in every denominator (for vocabularies, where a full sort is the cost). ignore_index: rows that do not
     count; count: what the sum is divided by instead of the rows kept. -inf as a student logit gives inf where that
-    class has weight, and a class with -inf on both sides is out of the list. Raises ShapeError, DataError (NaN teacher,
-    label out of range) or ConfigError.
+    class has weight, and a class with -inf on both sides is out of the list. NaN of the student gives NaN. Raises
+    ShapeError, DataError (NaN teacher, label out of range) or ConfigError.
 
     >>> t, s = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, -1.0, 0.5]])
     >>> pld_loss(t, s, torch.tensor([1]))
@@ -369,12 +427,13 @@ def pld_loss(
         )
     check_logits(teacher_logits, labels)
     kept = labels != ignore_index
+    labels = labels.long()
     whole = bool(kept.all())
     if whole:
         teacher, student, own = teacher_logits, student_logits, labels
     else:
         teacher, student, own = teacher_logits[kept], student_logits[kept], labels[kept]
-        if isinstance(weights, Tensor) and weights.ndim > 1:
+        if isinstance(weights, Tensor) and weights.shape[:-1] == kept.shape:
             weights = weights[kept]
     ranking = ranking_of(teacher, own, temperature=temperature, weights=weights, topk=topk)
     if isinstance(weights, Tensor) or weights != "teacher":  # the teacher's are 0 for -inf as they come
