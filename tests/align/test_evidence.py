@@ -78,6 +78,53 @@ def test_moves_with_laws_that_are_kept_leave_every_law_on_the_way_in_place(token
     torch.testing.assert_close(walkers.laws, chain.laws(walkers.x), msg="the laws are those of the samples")
 
 
+@pytest.mark.parametrize("tries", [2, 6])
+def test_moves_that_the_reward_chooses_leave_every_law_in_place(tries, monkeypatch):
+    chain = Chain()
+    problem = PriorSampler(chain.sample, chain.reward, token_move(chain.laws, tries=tries))
+    tilted = chain.law(1.3)
+
+    def walked(draw):
+        walkers = Walkers(problem, 30_000, draw)
+        law = chain.law(1.3).softmax(0)
+        walkers.x = chain.all[torch.multinomial(law, 30_000, replacement=True, generator=draw)]
+        walkers.rewards, asked = chain.reward(walkers.x), chain.calls
+        for _ in range(8):
+            before = walkers.x
+            taken = walkers.step(1.3, draw)
+            assert torch.equal((walkers.x != before).any(1), taken)
+        assert walkers.calls - 30_000 == chain.calls - asked
+        return walkers
+
+    walkers = walked(generator(14, "walk", tries))
+    assert p_value(chain.shares(walkers.x), tilted) > 1e-3
+    torch.testing.assert_close(walkers.laws, chain.laws(walkers.x), msg="the laws are those of the samples")
+    torch.testing.assert_close(walkers.rewards, chain.reward(walkers.x))
+    monkeypatch.setattr(Walkers, "_taken", lambda self, chance, draw: torch.ones(len(chance), dtype=torch.bool))
+    chain.next[1, 2] = -8.0  # else some of these would have no law to go on from
+    assert p_value(chain.shares(walked(generator(14, "wrong", tries)).x), chain.law(1.3)) < 1e-6, "the rest counts"
+
+
+def test_with_tries_fewer_calls_go_further():
+    """A token that is wanted and rare, at as many calls of the model: what is left of the error is a third."""
+    law = torch.tensor([0.5, 0.4, 0.1], dtype=torch.float64)
+
+    def sample(count, draw):
+        return torch.multinomial(law, 10 * count, replacement=True, generator=draw).view(count, 10)
+
+    exact = 10 * math.log(0.9 + 0.1 * math.exp(3.0))
+    errors, calls = {}, {}
+    for tries, moves in ((1, 6), (12, 11)):
+        move = token_move(lambda x: law.log().expand(*x.shape, 3), tries=tries)
+        problem = PriorSampler(sample, lambda x: (x == 2).sum(1).double(), move)
+        options = {"method": "annealed", "temperatures": 10, "moves": moves, "beta": 1 / 3}
+        found = [log_evidence(problem, 80, generator=generator(15, tries, seed), **options) for seed in range(16)]
+        errors[tries] = sum((x.log_evidence - exact) ** 2 for x in found) / 16
+        calls[tries] = sum(x.calls for x in found)
+    assert calls[12] < 1.1 * calls[1]
+    assert errors[12] < 0.5 * errors[1]
+
+
 def test_a_move_makes_one_call_a_sample():
     chain = Chain()
     found = log_evidence(
@@ -190,6 +237,9 @@ def test_bad_input():
             log_evidence(chain.problem(), 40, **options, **wrong)
     with pytest.raises(ShapeError, match="laws"):
         token_move(lambda x: torch.zeros(len(x), TOKENS))(chain.all, generator(0))
+    for wrong in ({"tries": 0}, {"tries": 2, "tokens": 2}):
+        with pytest.raises(ConfigError, match="tries"):
+            token_move(chain.laws, **wrong)
 
 
 class Counting(Chain):

@@ -145,13 +145,13 @@ class _Swarms:
 
     def step(self) -> None:
         """A move of all, each at its swarm's temperature."""
-        before, rows = self.walkers.calls, self.rewards.shape[1]
+        rows = self.rewards.shape[1]
         taken = self.walkers.step(self.inverse.repeat_interleave(rows), self.generator)
         shares = taken.view(-1, rows).double().mean(1).tolist()
-        for number, share in zip(self.open, shares, strict=True):
+        calls = self.walkers.asked.view(-1, rows).sum(1).tolist()
+        for number, share, asked in zip(self.open, shares, calls, strict=True):
             record = self.records[number]
-            record.taken, record.steps = record.taken + share, record.steps + 1
-            record.calls += (self.walkers.calls - before) // len(self.open)
+            record.taken, record.steps, record.calls = record.taken + share, record.steps + 1, record.calls + asked
 
     def end(self, ended: Tensor) -> Tensor:
         """Takes the swarms `ended` [S] out of the batch; the places of the others, [S']."""

@@ -23,14 +23,16 @@ def completion_prior(
     *,
     length: int,
     tokens: int = 1,
+    tries: int = 1,
     batch: int = 64,
     vocabulary: int | None = None,
 ) -> PriorSampler:
     """The answers x [n, length] of a causal model of transformers to a prompt, at temperature 1, and their moves.
 
-    reward: from x to [n]; tokens: that a move draws anew; batch: sequences a forward; vocabulary: the first so many
-    logits. All answers are equally long: what comes after an end token is drawn like the rest, and a reward that looks
-    away from it does no harm. Moves keep the laws [n, length, V] of the samples. Raises ConfigError.
+    reward: from x to [n]; tokens: that a move draws anew; tries: see `token_move`; batch: sequences a forward;
+    vocabulary: the first so many logits. All answers are equally long: what comes after an end token is drawn like the
+    rest, and a reward that looks away from it does no harm. Moves keep the laws [n, length, V] of the samples. Raises
+    ConfigError.
     """
     if not len(prompt) or length < 1 or batch < 1:
         raise ConfigError(f"a prompt has a token, and length and batch are 1 or more, got {len(prompt)}, {length}")
@@ -52,7 +54,7 @@ def completion_prior(
             found.append(_laws(model, ids, length, vocabulary))
         return torch.cat(found)
 
-    return PriorSampler(sample, reward, token_move(laws, tokens=tokens))
+    return PriorSampler(sample, reward, token_move(laws, tokens=tokens, tries=tries))
 
 
 def completion_next_laws(

@@ -65,15 +65,18 @@ class Proposal(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class TokenMove:
     """See `token_move`. A call is a move reversible under the prior, for two calls of the model; `propose` takes the
-    laws that an earlier call has given, and makes one.
+    laws that an earlier call has given, and makes one; `choose` lets the reward choose before the model is called.
     """
 
     log_laws: Callable[[Tensor], Tensor]
     tokens: int = 1
+    tries: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"a move draws a token at least, got {self.tokens}")
+        if self.tries < 1 or (self.tries > 1 and self.tokens > 1):
+            raise ConfigError(f"tries are 1 or more, and more only of single tokens: {self.tries} and {self.tokens}")
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x', moved or not."""
@@ -106,6 +109,23 @@ class TokenMove:
         gained = _log_probs(after, proposed).sum(1) - _log_probs(laws, x).sum(1)
         return Proposal(proposed, after, gained + (back - forth).sum(1))
 
+    def choose(
+        self, x: Tensor, rewards: Tensor, laws: Tensor, inverse: Tensor, problem: PriorSampler, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x', its rewards [n], the places [n, 1] that may differ): at each row's place so many tokens are drawn from
+        its law, and one of them or the one that stands there is taken, by exp(inverse r).
+        """
+        place = torch.randint(x.shape[1], (len(x), 1), generator=draw, device=x.device)
+        law = laws.take_along_dim(place.unsqueeze(2), 1).squeeze(1).softmax(1)
+        drawn = torch.multinomial(law, self.tries, replacement=True, generator=draw)
+        where = place.unsqueeze(1).expand(-1, self.tries, -1)
+        others = x.unsqueeze(1).expand(-1, self.tries, -1).scatter(2, where, drawn.unsqueeze(2))
+        found = problem.rewards(others.flatten(0, 1)).view(len(x), -1)
+        known = torch.cat([rewards.unsqueeze(1), found], 1)
+        taken = torch.multinomial((inverse.unsqueeze(1) * known).softmax(1), 1, generator=draw)
+        tokens = torch.cat([x.gather(1, place), drawn], 1)
+        return x.scatter(1, place, tokens.gather(1, taken)), known.gather(1, taken).squeeze(1), place
+
 
 def _log_probs(laws: Tensor, x: Tensor) -> Tensor:
     return laws.gather(2, x.unsqueeze(2)).squeeze(2)
@@ -119,21 +139,25 @@ def _log_chance(laws: Tensor, held: Tensor, drawn: Tensor) -> Tensor:
     return torch.where(held == drawn, stayed.to(moved.dtype), moved)
 
 
-def token_move(log_laws: Callable[[Tensor], Tensor], *, tokens: int = 1) -> TokenMove:
+def token_move(log_laws: Callable[[Tensor], Tensor], *, tokens: int = 1, tries: int = 1) -> TokenMove:
     """The move that draws `tokens` other tokens, at places of each row's own, and keeps the rest; for x [n, T].
 
     log_laws: from x to log a(. | tokens before) at every place [n, T, V], one forward of a model. Proposals come from
     the laws before the move, but for the token that stands there, and are accepted as Metropolis and Hastings do, by
     a(x') q(x | x') / a(x) q(x' | x). The samplers here keep each sample's laws [n, T, V] from its last move, in memory,
-    and so make one call a proposal. Raises ConfigError, ShapeError.
+    and so make one call a proposal.
+    tries: tokens that the reward has seen at a place before the model is called, where a reward costs little beside it:
+    so many are drawn from the law there, one of them or the old one is taken by exp(s r), and what is left to accept is
+    how likely the model finds the tokens after it. Where the old one is taken, no call is made.
+    Raises ConfigError, ShapeError.
     """
-    return TokenMove(log_laws, tokens)
+    return TokenMove(log_laws, tokens, tries)
 
 
 class Walkers:
     """Samples x [n, ...] with their rewards [n], and the laws of the last move where the move can use them again.
 
-    calls: how many samples the prior has drawn or scored until now.
+    calls: how many samples the prior has drawn or scored until now; asked [n]: how many of each row, in the last step.
     """
 
     def __init__(self, problem: PriorSampler, count: int, generator: torch.Generator) -> None:
@@ -142,6 +166,7 @@ class Walkers:
         self.rewards = problem.rewards(self.x)
         self.laws: Tensor | None = None
         self.calls = count
+        self.asked = torch.ones(count, dtype=torch.long, device=self.x.device)
 
     def keep(self, places: Tensor) -> None:
         """Go on with the samples at places [n]."""
@@ -150,24 +175,54 @@ class Walkers:
 
     def step(self, inverse: float | Tensor, generator: torch.Generator) -> Tensor:
         """A move that leaves a exp(inverse r) in place, inverse one or [n]; which proposals were taken, [n] bool."""
-        move, laws = self.problem.move, None
+        move, scale = self.problem.move, torch.as_tensor(inverse, dtype=torch.float64, device=self.x.device)
+        self.asked = torch.zeros(len(self.x), dtype=torch.long, device=self.x.device)
         if isinstance(move, TokenMove):
             if self.laws is None:
                 self.laws = move.laws(self.x)
-                self.calls += len(self.x)
-            proposed, laws, log_ratio = move.propose(self.x, self.laws, generator)
-            self.calls += len(self.x)
+                self.asked += 1
+            taken = self._by_tokens(move, self.laws, scale.expand(len(self.x)), generator)
         else:
-            proposed, log_ratio = self.problem.proposal(self.x, generator), torch.zeros_like(self.rewards)
-            self.calls += len(self.x)
-        found = self.problem.rewards(proposed)
-        chance = (log_ratio.double() + inverse * (found - self.rewards)).clamp(max=0.0).exp()
-        taken = torch.rand(len(chance), generator=generator, dtype=torch.float64, device=chance.device) < chance
-
-        def choose(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(taken.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-        if laws is not None and self.laws is not None:
-            self.laws = choose(laws, self.laws)
-        self.x, self.rewards = choose(proposed, self.x), choose(found, self.rewards)
+            proposed, self.asked = self.problem.proposal(self.x, generator), self.asked + 1
+            found = self.problem.rewards(proposed)
+            taken = self._taken(scale * (found - self.rewards), generator)
+            self.x, self.rewards = _where(taken, proposed, self.x), _where(taken, found, self.rewards)
+        self.calls += int(self.asked.sum())
         return taken
+
+    def _by_tokens(self, move: TokenMove, held: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+        if move.tries > 1:
+            return self._by_tries(move, held, scale, generator)
+        proposed, laws, log_ratio = move.propose(self.x, held, generator)
+        found = self.problem.rewards(proposed)
+        taken = self._taken(log_ratio.double() + scale * (found - self.rewards), generator)
+        self.asked += 1
+        self.laws = _where(taken, laws, held)
+        self.x, self.rewards = _where(taken, proposed, self.x), _where(taken, found, self.rewards)
+        return taken
+
+    def _by_tries(self, move: TokenMove, held: Tensor, scale: Tensor, generator: torch.Generator) -> Tensor:
+        proposed, found, place = move.choose(self.x, self.rewards, held, scale, self.problem, generator)
+        rows = (proposed != self.x).any(1).nonzero().squeeze(1)
+        taken = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        if not len(rows):
+            return taken
+        laws = move.laws(proposed[rows])
+        gained = _log_probs(laws, proposed[rows]) - _log_probs(held[rows], self.x[rows])
+        after = torch.arange(self.x.shape[1], device=self.x.device) > place[rows]
+        kept = self._taken(torch.where(after, gained, 0.0).sum(1).double(), generator)
+        self.asked[rows] += 1
+        taken[rows] = kept
+        self.laws = held.clone()
+        self.laws[rows[kept]] = laws[kept]
+        self.x, self.rewards = _where(taken, proposed, self.x), _where(taken, found, self.rewards)
+        return taken
+
+    def _taken(self, log_chance: Tensor, generator: torch.Generator) -> Tensor:
+        chance = log_chance.clamp(max=0.0).exp()
+        return torch.rand(len(chance), generator=generator, dtype=torch.float64, device=chance.device) < chance
+
+
+def _where(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of new where taken [n], else of old."""
+    return torch.where(taken.view(-1, *[1] * (new.ndim - 1)), new, old)
