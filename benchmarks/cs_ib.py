@@ -4,7 +4,9 @@ A call takes a loss and its gradient by predictions, or by one of two samples, f
 divergence of conditionals; MMD^2 between the same samples has the same three kernel matrices as the divergence between
 samples. "naive" is the conditional loss from whole matrices and autograd. Times are medians of calls in turn; "ratio"
 is the time over torch_mmd's at the same n, the median over rounds; "mib" is what a call holds at its highest beyond its
-inputs; "error" is that of the value against float64, relative.
+inputs; "error" is that of the value against float64, relative. The conditional divergence here is 6e-4 at 1024 samples,
+the difference of logarithms near 1, and 1e-8 off, a tenth of what float32 resolves at 1: hence its 1.5e-5. Kernel HSIC
+and the variational bottleneck have no package beside: the reproduction compares with them as methods.
 """
 
 import json

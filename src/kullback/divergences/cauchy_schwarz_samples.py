@@ -166,7 +166,8 @@ def cs_qmi_normalized(
 def median_bandwidth(x: Tensor, scale: float = 1.0, max_pairs: int = 10_000) -> float:
     """`scale` times the median distance between different rows of x [n, d]: a length, not its square.
 
-    Of more than max_pairs pairs it takes as many, evenly spread. Raises DataError for fewer than two rows and where
+    Of more than max_pairs pairs it takes as many, evenly spread. The authors' code takes ten times the median
+    square for a length, which depends on units and is left out. Raises DataError for fewer than two rows and where
     more than half of the pairs coincide, ConfigError for numbers out of range.
 
     >>> median_bandwidth(torch.tensor([[0.0], [1.0], [3.0]]))
