@@ -18,8 +18,13 @@ def test_expert_linear_is_a_loop_over_linear_layers(generator):
         assert torch.allclose(layer(own)[k], functional.linear(own[k], layer.weight[k], layer.bias[k, 0]))
     shaped = torch.randn(3, 2, 7, 4, generator=generator, dtype=torch.float64)
     assert torch.allclose(layer(shaped)[1, 1], functional.linear(shaped[1, 1], layer.weight[1], layer.bias[1, 0]))
-    deep = shaped[:2]  # two rows of a shared [2, 2, 7, 4], not experts
-    assert torch.allclose(layer(deep)[2, 1], functional.linear(deep[1], layer.weight[2], layer.bias[2, 0]))
+    for deep in shaped[:2], shaped:  # rows of a shared [b, 2, 7, 4], also where b happens to be the number of experts
+        layer.shared = False
+        if len(deep) != 3:
+            with pytest.raises(ShapeError, match="shared=True"):
+                layer(deep)
+        layer.shared = True
+        assert torch.allclose(layer(deep)[2, 1], functional.linear(deep[1], layer.weight[2], layer.bias[2, 0]))
     assert layer.weight.abs().max() <= 0.5
     with pytest.raises(ShapeError, match="4 features"):
         layer(own[..., :3])

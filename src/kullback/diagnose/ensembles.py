@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences import kl
 
 __all__ = ["disagreement", "geometric_mean", "mean_pairwise_kl", "prediction_variance"]
@@ -19,6 +19,8 @@ __all__ = ["disagreement", "geometric_mean", "mean_pairwise_kl", "prediction_var
 def _check(log_p: Tensor) -> None:
     if log_p.ndim < 2 or log_p.shape[0] < 1:
         raise ShapeError(f"log-probabilities of members have shape [R, ..., C], got {tuple(log_p.shape)}")
+    if bool((log_p.detach().logsumexp(-1).abs() > 1e-2).any()):
+        raise DataError("members give log-probabilities, which add up to 1: take log_softmax of logits first")
 
 
 def geometric_mean(log_p: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def geometric_mean(log_p: Tensor) -> Tensor:
 
 
 def prediction_variance(log_p: Tensor, loss: Literal["kl", "01"] = "kl") -> Tensor:
-    """The variance of predictions over runs, for each sample.
+    """The variance of predictions over runs, for each sample; DataError for what is not normalised, as logits are not.
 
     "kl": the mean over runs of KL(centre || run), with the geometric mean as centre: for any target y, the mean of
     KL(y || run) is KL(y || centre) plus this. "01": the share of runs that do not predict the commonest class.

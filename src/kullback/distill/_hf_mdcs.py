@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from kullback.core.errors import DataError
+from kullback.core.errors import DataError, ShapeError
 from kullback.distill.mdcs import MDCSLoss
 
 __all__ = ["MDCSTrainer", "TwoViews"]
@@ -31,10 +31,13 @@ class TwoViews:
         self.weak, self.strong, self.field = weak, strong, field
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        if not items or self.field not in items[0]:
-            raise DataError(f"every item has a field {self.field!r} to make two views of")
+        labels = [item.get("label", item.get("labels")) for item in items]
+        if not items or any(label is None for label in labels) or any(self.field not in item for item in items):
+            raise DataError(f'every item has a field {self.field!r} and a "label" or "labels"; one of these has not')
         views = [view(item[self.field]) for view in (self.weak, self.strong) for item in items]
-        labels = [item["label"] if "label" in item else item["labels"] for item in items]
+        shapes = {tuple(view.shape) for view in views}
+        if len(shapes) > 1:
+            raise ShapeError(f"both views of all items have one shape, to be stacked; these have {sorted(shapes)}")
         return {self.field: torch.stack(views), "labels": torch.as_tensor(labels)}
 
 
@@ -54,8 +57,12 @@ class MDCSTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if "labels" not in inputs:
+            raise DataError(f"MDCS learns from labels, and this batch holds {', '.join(inputs)} alone")
         labels = inputs["labels"]
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        if "logits" not in outputs or outputs["logits"].ndim < 3:
+            raise ShapeError('the model gives no logits [E, 2b, C] under "logits": wrap it in MultiExpert')
         logits = outputs["logits"]
         twice = logits.shape[1] == 2 * len(labels)
         weak, strong = logits.chunk(2, dim=1) if twice else (logits, logits)

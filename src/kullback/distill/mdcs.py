@@ -58,9 +58,9 @@ class _Settings:
                 raise ConfigError(f"{name} is one of {', '.join(get_args(kind))}, not {value!r}")
         if not self.lam or not all(math.isfinite(strength) for strength in self.lam):
             raise ConfigError(f"lam has a finite strength for each expert, got {self.lam}")
-        if not self.alpha >= 0.0 or not self.temperature > 0.0:
+        if not 0.0 <= self.alpha < math.inf or not 0.0 < self.temperature < math.inf:
             raise ConfigError(
-                f"alpha weighs a term and a temperature is positive: got {self.alpha} and {self.temperature}"
+                f"alpha is finite and at least 0, and a temperature positive: got {self.alpha} and {self.temperature}"
             )
         if (self.selection == "confident") != (self.threshold is not None):
             raise ConfigError('selection="confident" and threshold go together: the least largest probability')
@@ -68,11 +68,21 @@ class _Settings:
             raise ConfigError(f"threshold is a probability, got {self.threshold}")
 
 
-def _log_prior(class_counts: Tensor, min_count: float | None) -> Tensor:
+def _strengths(lam: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(strength) for strength in lam)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lam is a sequence of numbers, one for each expert, got {lam!r}") from error
+
+
+def _log_prior(class_counts: Tensor | Sequence[float], min_count: float | None) -> Tensor:
     """log pi [C] in at least float32; only differences matter, so counts and shares give the same loss."""
+    class_counts = torch.as_tensor(class_counts)
     counts = class_counts.detach().to(torch.promote_types(class_counts.dtype, torch.float32))
     if counts.ndim != 1 or len(counts) == 0:
         raise ShapeError(f"class_counts holds one number for each class, [C], got {tuple(class_counts.shape)}")
+    if bool((counts < 0).any()):
+        raise DataError(f"a class has a negative count, {counts.min().item():g}: counts are numbers of samples")
     if min_count is not None:
         counts = counts.clamp(min=min_count)
     if not bool(((counts > 0) & counts.isfinite()).all()):
@@ -84,7 +94,11 @@ def _log_prior(class_counts: Tensor, min_count: float | None) -> Tensor:
 
 
 def diversity_logits(
-    logits: Tensor, class_counts: Tensor, lam: Sequence[float] = LAM, *, min_count: float | None = None
+    logits: Tensor,
+    class_counts: Tensor | Sequence[float],
+    lam: Sequence[float] = LAM,
+    *,
+    min_count: float | None = None,
 ) -> Tensor:
     """The logits that cross-entropy and distillation see in training: logits [E, ..., C] + lam_k log pi.
 
@@ -95,19 +109,23 @@ def diversity_logits(
     >>> adjusted.softmax(-1)
     tensor([[0.9396, 0.0570, 0.0035]])
     """
-    return _adjusted(logits, _log_prior(class_counts, min_count), tuple(lam))
+    return _adjusted(logits, _shift(_strengths(lam), _log_prior(class_counts, min_count)))
 
 
-def _adjusted(logits: Tensor, log_prior: Tensor, lam: tuple[float, ...]) -> Tensor:
-    if logits.ndim < 2 or logits.shape[0] != len(lam) or logits.shape[-1] != len(log_prior):
+def _shift(lam: tuple[float, ...], log_prior: Tensor) -> Tensor:
+    """lam_k log pi, [E, C]."""
+    return torch.tensor(lam, dtype=log_prior.dtype, device=log_prior.device).unsqueeze(-1) * log_prior
+
+
+def _adjusted(logits: Tensor, shift: Tensor) -> Tensor:
+    experts, classes = shift.shape
+    if logits.ndim < 2 or logits.shape[0] != experts or logits.shape[-1] != classes:
         raise ShapeError(
-            f"logits [E, ..., C] have one expert for each of the {len(lam)} entries of lam and {len(log_prior)} "
-            f"classes, got {tuple(logits.shape)}"
+            f"logits [E, ..., C] have one expert for each of the {experts} entries of lam and {classes} classes, got "
+            f"{tuple(logits.shape)}"
         )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    strength = torch.tensor(lam, dtype=log_prior.dtype, device=logits.device)
-    shift = strength.unsqueeze(-1) * log_prior.to(logits.device)
-    return wide + shift.view(len(lam), *[1] * (logits.ndim - 2), -1).to(wide.dtype)
+    return wide + shift.to(wide).view(experts, *[1] * (logits.ndim - 2), classes)
 
 
 def combine_experts(logits: Tensor, how: Literal["mean", "confidence"] = "mean") -> Tensor:
@@ -118,6 +136,8 @@ def combine_experts(logits: Tensor, how: Literal["mean", "confidence"] = "mean")
     >>> combine_experts(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     tensor([1.0000, 0.5000])
     """
+    if logits.ndim < 2:
+        raise ShapeError(f"logits are [E, ..., C], experts first, got {tuple(logits.shape)}")
     if how == "mean":
         return logits.mean(0)
     if how != "confidence":
@@ -130,7 +150,7 @@ def mdcs_loss(
     logits_weak: Tensor,
     logits_strong: Tensor,
     labels: Tensor,
-    class_counts: Tensor,
+    class_counts: Tensor | Sequence[float],
     *,
     lam: Sequence[float] = LAM,
     alpha: float = 0.6,
@@ -159,45 +179,45 @@ def mdcs_loss(
     {'loss': 0.0865, 'cross_entropy': 0.0816, 'consistency': 0.0082, 'kept': 1.0}
     """
     settings = _Settings(
-        lam=tuple(lam), alpha=alpha, temperature=temperature, selection=selection, threshold=threshold,
+        lam=_strengths(lam), alpha=alpha, temperature=temperature, selection=selection, threshold=threshold,
         direction=direction, teacher=teacher,
     )  # fmt: skip
-    prior = _log_prior(class_counts, min_count)
-    return _loss(logits_weak, logits_strong, labels, prior, settings, ramp, teacher_logits)
+    if not 0.0 <= ramp <= 1.0:
+        raise ConfigError(f"ramp is the share of alpha that is reached, in [0, 1], and is {ramp}")
+    shift = _shift(settings.lam, _log_prior(class_counts, min_count))
+    return _loss(logits_weak, logits_strong, labels, shift, settings, alpha * ramp, teacher_logits)
 
 
 def _loss(
     weak: Tensor,
     strong: Tensor,
     labels: Tensor,
-    log_prior: Tensor,
+    shift: Tensor,
     settings: _Settings,
-    ramp: float,
+    weight: float | Tensor,
     teacher_logits: Tensor | None,
 ) -> dict[str, Tensor]:
-    if not 0.0 <= ramp <= 1.0:
-        raise ConfigError(f"ramp is the share of alpha that is reached, in [0, 1], and is {ramp}")
     _check(weak, strong, labels, teacher_logits)
-    adjusted = [_adjusted(logits, log_prior, settings.lam) for logits in (weak, strong)]
+    adjusted = [_adjusted(logits, shift) for logits in (weak, strong)]
     views = [logits.log_softmax(-1) for logits in adjusted]
-    labels = labels.expand(weak.shape[:-1])
+    labels = labels.long().expand(weak.shape[:-1])
     counted = labels != -100
     chosen = labels.clamp(min=0).unsqueeze(-1)
     hard = [view.gather(-1, chosen).squeeze(-1) for view in views]
     cross_entropy = _means(-0.5 * (hard[0] + hard[1]), counted)
     teacher, log_teacher = adjusted[0].detach(), views[0].detach()
     if teacher_logits is not None:
-        teacher = _adjusted(teacher_logits.detach(), log_prior, settings.lam)
+        teacher = _adjusted(teacher_logits.detach(), shift)
         log_teacher = teacher.log_softmax(-1)
-    weight = settings.alpha * ramp
+    active = isinstance(weight, Tensor) or weight > 0.0
     # without weight the term is measured all the same, and builds no graph
-    with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0.0):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and active):
         consistency, kept = _one_way(teacher, log_teacher, adjusted[1], views[1], labels, counted, settings)
         if settings.direction == "symmetric":
             back = adjusted[1].detach(), views[1].detach(), adjusted[0], views[0]
             consistency = (consistency + _one_way(*back, labels, counted, settings)[0]) / 2
     loss = cross_entropy.sum()
-    loss = loss + weight * consistency.sum() if weight > 0.0 else loss
+    loss = loss + weight * consistency.sum() if active else loss
     return {"loss": loss, "cross_entropy": cross_entropy, "consistency": consistency, "kept": kept}
 
 
@@ -212,6 +232,10 @@ def _check(weak: Tensor, strong: Tensor, labels: Tensor, teacher: Tensor | None)
         raise ShapeError(f"logits [E, ..., C] have labels [...]: got {tuple(weak.shape)} and {tuple(labels.shape)}")
     if labels.numel() == 0:
         raise DataError("the batch is empty: give at least one sample")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"labels are whole numbers of classes, got {labels.dtype}: convert them with .long()")
+    if torch.compiler.is_compiling():
+        return  # what follows looks at values, which a compiled graph cannot branch on
     wrong = (labels != -100) & ((labels < 0) | (labels >= weak.shape[-1]))
     if bool(wrong.any()):
         raise DataError(f"labels are classes from 0 to {weak.shape[-1] - 1}, or -100; one is {int(labels[wrong][0])}")
@@ -235,7 +259,8 @@ def _one_way(
         log_teacher, log_p = _mean(log_teacher), _mean(log_p)
     kept = counted
     if settings.selection == "correct":
-        kept = kept & (log_teacher.argmax(-1) == labels)
+        own = log_teacher.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        kept = kept & (own >= log_teacher.amax(-1))  # no class is likelier; several times as fast as argmax
     elif settings.threshold is not None:
         kept = kept & (log_teacher.amax(-1) >= math.log(max(settings.threshold, 1e-38)))
     log_q = log_student if temperature == 1.0 else (student / temperature).log_softmax(-1)
@@ -258,7 +283,8 @@ class MDCSLoss(nn.Module):
     """`mdcs_loss` with its class counts as a buffer and alpha reached over warm_epochs: set_epoch(e) before each epoch.
 
     The counts are those of the whole training set, over all processes; which samples are distilled is decided in each.
-    Options go to `mdcs_loss`. Raises as it does.
+    Options go to `mdcs_loss`. Raises as it does. Under torch.compile it is one graph for all epochs, and does not tell
+    labels out of range from others.
 
     >>> loss = MDCSLoss(torch.tensor([100, 10, 1]))
     >>> loss.ramp
@@ -269,9 +295,16 @@ class MDCSLoss(nn.Module):
     """
 
     log_prior: Tensor
+    shift: Tensor
+    weight: Tensor
 
     def __init__(
-        self, class_counts: Tensor, *, warm_epochs: float = 20, min_count: float | None = None, **options: Any
+        self,
+        class_counts: Tensor | Sequence[float],
+        *,
+        warm_epochs: float = 20,
+        min_count: float | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not warm_epochs >= 0:
@@ -282,9 +315,12 @@ class MDCSLoss(nn.Module):
                 f"mdcs_loss has no option {min(unknown)!r} here: it has {', '.join(_Settings.__dataclass_fields__)}"
             )
         if "lam" in options:
-            options["lam"] = tuple(options["lam"])
+            options["lam"] = _strengths(options["lam"])
         self.settings, self.warm_epochs, self.epoch = _Settings(**options), warm_epochs, 0.0
-        self.register_buffer("log_prior", _log_prior(class_counts, min_count))
+        log_prior = _log_prior(class_counts, min_count)
+        self.register_buffer("log_prior", log_prior)
+        self.register_buffer("shift", _shift(self.settings.lam, log_prior), persistent=False)
+        self.register_buffer("weight", torch.tensor(self.alpha * self.ramp), persistent=False)
 
     @property
     def alpha(self) -> float:
@@ -298,9 +334,10 @@ class MDCSLoss(nn.Module):
 
     def set_epoch(self, epoch: float) -> None:
         """Tell the epoch, counted from 0; fractions are fine."""
-        if not epoch >= 0:
+        if not 0 <= epoch < math.inf:
             raise ConfigError(f"epochs are counted from 0, got {epoch}")
         self.epoch = float(epoch)
+        self.weight.fill_(self.alpha * self.ramp)
 
     def extra_repr(self) -> str:
         return f"classes={len(self.log_prior)}, lam={self.settings.lam}, alpha={self.alpha}, ramp={self.ramp:g}"
@@ -309,4 +346,6 @@ class MDCSLoss(nn.Module):
         self, logits_weak: Tensor, logits_strong: Tensor, labels: Tensor, *, teacher_logits: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The terms of `mdcs_loss` at this epoch."""
-        return _loss(logits_weak, logits_strong, labels, self.log_prior, self.settings, self.ramp, teacher_logits)
+        # compiled, alpha times the ramp is an input: as a number it would be a constant of the graph
+        weight = self.weight if torch.compiler.is_compiling() else self.alpha * self.ramp
+        return _loss(logits_weak, logits_strong, labels, self.shift, self.settings, weight, teacher_logits)

@@ -6,6 +6,7 @@ Shapes: n rows of d features, C classes, E experts, M classifiers that are train
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -134,7 +135,8 @@ class MDCSClassifier:
 
     def score(self, X: Any, y: Any) -> float:
         """The share of rows whose class is predicted."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        predicted = self.predict(X)
+        return float((predicted == _labels(y, len(predicted))).mean())
 
 
 def fit_together(members: Sequence[MDCSClassifier], X: Any, y: Any) -> None:
@@ -144,9 +146,8 @@ def fit_together(members: Sequence[MDCSClassifier], X: Any, y: Any) -> None:
     lam, alpha, seed and augmentations, and are alike in all else: ConfigError where they are not, and for several of
     them with teacher="mean", which would mix them.
     """
-    rows, labels = _rows(X), np.asarray(y)
-    if labels.shape != (len(rows),):
-        raise ShapeError(f"y has one label for each of the {len(rows)} rows of X, got shape {labels.shape}")
+    rows = _rows(X)
+    labels = _labels(y, len(rows))
     classes, inverse = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise DataError("a classifier needs two classes or more in y")
@@ -167,8 +168,18 @@ def _check_alike(members: Sequence[MDCSClassifier]) -> None:
     if not members:
         raise ConfigError("there is no classifier to train: give one or more")
     first = members[0]
-    if min(first.epochs, first.batch, first.hidden, first.width) < 1:
-        raise ConfigError("epochs, batch, hidden and width are at least 1")
+    for name in ("epochs", "batch", "hidden", "width"):
+        value = getattr(first, name)
+        if value != int(value) or value < 1:
+            raise ConfigError(f"epochs, batch, hidden and width are whole numbers of at least 1, and {name} is {value}")
+    if not 0.0 < first.learning_rate < math.inf or not 0.0 <= first.momentum < 1.0 or not first.weight_decay >= 0.0:
+        raise ConfigError(
+            "learning_rate is positive, momentum in [0, 1) and weight_decay at least 0, got "
+            f"{first.learning_rate}, {first.momentum} and {first.weight_decay}"
+        )
+    twice = {"lam", "alpha"} & set(first.options or {})
+    if twice:
+        raise ConfigError(f"{min(twice)} is a parameter of its own here: give it there and not in options")
     own = {"lam", "alpha", "seed", "augment_weak", "augment_strong"}
     for member in members[1:]:
         given = first.get_params()
@@ -208,6 +219,10 @@ def _train(members: Sequence[MDCSClassifier], rows: Tensor, labels: Tensor, loss
             for name, value in terms.items():
                 part = value.detach() * (1.0 if name == "kept" else share)
                 totals[name] = totals[name] + part if name in totals else part
+        if not bool(totals["loss"].isfinite().all()):
+            raise DataError(
+                f"the loss is not finite in epoch {epoch}: lower learning_rate, or look at what the augmentations give"
+            )
         schedule.step()
         for index, member in enumerate(members):
             member.history_.append(
@@ -219,7 +234,13 @@ def _train(members: Sequence[MDCSClassifier], rows: Tensor, labels: Tensor, loss
 
 def _views(member: MDCSClassifier, part: Tensor, noise: torch.Generator, rows: Tensor) -> Tensor:
     """The weak views of the rows and then the strong ones, [2b, d]."""
-    return torch.cat([augment(rows[part], noise) for augment in (member.augment_weak, member.augment_strong)])
+    views = [augment(rows[part], noise) for augment in (member.augment_weak, member.augment_strong)]
+    if any(view.shape != rows[part].shape for view in views):
+        raise ShapeError(
+            f"augment_weak and augment_strong keep the shape of their rows, {tuple(rows[part].shape)}; they gave "
+            f"{tuple(views[0].shape)} and {tuple(views[1].shape)}"
+        )
+    return torch.cat(views)
 
 
 class _Repeated(nn.Module):
@@ -270,8 +291,20 @@ class _SharedLinear(nn.Linear):
         self.bias = nn.Parameter(torch.empty(outside).uniform_(-bound, bound, generator=generator))
 
 
+def _labels(y: Any, rows: int) -> np.ndarray[Any, Any]:
+    labels = np.asarray(y)
+    if labels.shape != (rows,):
+        raise ShapeError(f"y has one label for each of the {rows} rows of X, got shape {labels.shape}")
+    if any(label is None or label != label for label in labels.tolist()):
+        raise DataError("y has labels that are missing: drop those rows")
+    return labels
+
+
 def _rows(X: Any) -> Tensor:
-    rows = X.detach().float() if isinstance(X, Tensor) else torch.from_numpy(np.asarray(X, dtype=np.float32))
+    try:
+        rows = X.detach().float() if isinstance(X, Tensor) else torch.from_numpy(np.asarray(X, dtype=np.float32))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"X has rows of numbers, [n, d], and this is none: {str(error)[:80]}") from error
     if rows.ndim != 2 or not rows.numel():
         raise ShapeError(f"X has rows of features, [n, d], got {tuple(rows.shape)}")
     if not bool(rows.isfinite().all()):

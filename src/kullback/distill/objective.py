@@ -7,6 +7,7 @@ Shapes: B batch, T positions, N = B (T - 1) predictions, H hidden size, V vocabu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -53,8 +54,13 @@ class Objective:
     def __post_init__(self) -> None:
         if not 0 <= self.cross_entropy <= 1:
             raise ConfigError(f"the share of cross-entropy must lie in [0, 1], got {self.cross_entropy}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be > 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.batch_term is not None and (not 0 <= self.batch_weight < math.inf or self.batch_rows < 1):
+            raise ConfigError(
+                f"a batch term has a weight of at least 0 and one row or more, got {self.batch_weight} and "
+                f"{self.batch_rows}"
+            )
         if self.row_term is not None and (self.temperature != 1 or self.squared_temperature):
             raise ConfigError("a row_term gets whole logits: bind a temperature to it, and leave this one at 1")
         if self.truncated_row_term is not None and self.row_term is None:

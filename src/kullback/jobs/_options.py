@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from inspect import Parameter, signature
@@ -37,11 +38,11 @@ def as_default(key: str, value: Any, default: Any) -> Any:
     (3, 3.0)
     """
     wanted = float if default is None else type(default)
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     fits = {
         bool: isinstance(value, bool) or value in (0, 1),
-        int: whole and value == round(value),
-        float: whole,
+        int: number and math.isfinite(value) and value == round(value),
+        float: number,
         str: isinstance(value, str),
     }[wanted]
     if not fits:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
@@ -15,6 +15,7 @@ from kullback.jobs._options import as_default
 from kullback.jobs._training import Listener, LoraSettings, TrainingConfig
 
 if TYPE_CHECKING:
+    from kullback.core.types import Divergence
     from kullback.distill.objective import Objective
 
 _LABELS = 0.2  # the share of cross-entropy where none is named
@@ -122,20 +123,39 @@ def plan(config: DistillConfig) -> dict[str, Any]:
 def objective_of(config: ObjectiveConfig) -> Objective:
     """The Objective that a configuration names. Raises ConfigError for an unknown name or option."""
     from kullback.distill.objective import Objective
-    from kullback.divergences import F_NAMES, f_divergence, named
 
     name = config.name.replace("-", "_")
     builder = _builders().get(name)
     if builder is not None:
         return builder(**_keywords(name, builder, config))
     _check_name(name)
-    divergence = f_divergence if name in F_NAMES else named
     return Objective(
-        divergence=divergence(name, **config.options),
+        divergence=_divergence(name, config.options),
         cross_entropy=_LABELS if config.cross_entropy is None else config.cross_entropy,
         temperature=config.temperature,
         squared_temperature=config.squared_temperature,
     )
+
+
+def _divergence(name: str, options: Mapping[str, Any]) -> Divergence:
+    """The divergence with its options. ConfigError for one that is missing, of another type, or out of range."""
+    import torch
+
+    from kullback import divergences as room
+
+    takes = {p.name: p.default for p in signature(getattr(room, name)).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for option, default in takes.items():
+        if default is Parameter.empty and option not in options:
+            raise ConfigError(f"{name} needs objective.options.{option}, a number")
+    defaults = {option: None if default is Parameter.empty else default for option, default in takes.items()}
+    given = {
+        option: as_default(f"objective.options.{option}", value, defaults[option])
+        for option, value in options.items()
+        if option in takes
+    }
+    one = torch.zeros(1, 1)
+    room.named(name, **{**options, **given})(one, one)  # what is out of range is said before a run begins
+    return room.f_divergence(name, **given) if name in room.F_NAMES else room.named(name, **given)
 
 
 def objective_names() -> tuple[str, ...]:
@@ -189,16 +209,22 @@ def _sinkd(
     """KL with the Sinkhorn distance of `rows` rows beside it."""
     from functools import partial
 
+    import torch
+
     from kullback.distill.objective import Objective
     from kullback.distill.sinkd import sinkd_loss
-    from kullback.divergences import kl
+    from kullback.divergences import f_divergence
 
     options: dict[str, Any] = {
         "tau": tau, "eps": eps, "n_iters": n_iters, "mode": mode, "estimator": estimator, "gradient": gradient,
         "cost": cost, "gather": bool(gather), "reduction": "mean",
     }  # fmt: skip
+    two = torch.zeros(2, 2)
+    sinkd_loss(two, two, **{**options, "gather": False})  # what is out of range is said before a run begins
+    if gather not in (0, 1):
+        raise ConfigError(f"gather is 0 or 1, got {gather}")
     return Objective(
-        divergence=kl, batch_term=partial(sinkd_loss, **options), batch_weight=weight, batch_rows=rows,
+        divergence=f_divergence("kl"), batch_term=partial(sinkd_loss, **options), batch_weight=weight, batch_rows=rows,
         cross_entropy=cross_entropy, temperature=temperature, squared_temperature=squared_temperature,
     )  # fmt: skip
 

@@ -18,39 +18,42 @@ from kullback.core.errors import ConfigError, ShapeError
 __all__ = ["CosineHead", "ExpertLinear", "Experts", "MultiExpert"]
 
 
-def _rows(features: Tensor, experts: int, width: int) -> Tensor:
-    """Features of each expert as [E, n, D], from those or from shared ones [..., D]."""
-    if features.shape[-1] != width:
-        raise ShapeError(f"the layer takes {width} features and got {features.shape[-1]}")
-    if features.ndim > 2 and features.shape[0] == experts:
-        return features.reshape(experts, -1, width)
-    return features.reshape(-1, width).expand(experts, -1, width)
-
-
 class ExpertLinear(nn.Module):
     """A linear layer for each expert in one batched product: [E, ..., D], or [b, D] shared by all, to [E, ..., M].
 
-    Drawn as nn.Linear draws its own, from the generator given.
+    shared: the features are of any shape [..., D] and belong to all experts; without it those of more than two
+    dimensions have the experts first. Drawn as nn.Linear draws its own, from the generator given. Raises ConfigError
+    for sizes below 1, ShapeError for another number of features or experts.
 
     >>> ExpertLinear(3, 4, 2, generator=torch.Generator().manual_seed(0))(torch.ones(5, 4)).shape
     torch.Size([3, 5, 2])
     """
 
-    def __init__(self, experts: int, inside: int, outside: int, *, generator: torch.Generator) -> None:
+    def __init__(
+        self, experts: int, inside: int, outside: int, *, shared: bool = False, generator: torch.Generator
+    ) -> None:
         super().__init__()
+        if min(experts, inside, outside) < 1:
+            raise ConfigError(f"experts and features are at least 1, got {experts}, {inside} and {outside}")
         bound = 1 / math.sqrt(inside)
         self.weight = nn.Parameter(torch.empty(experts, outside, inside).uniform_(-bound, bound, generator=generator))
         self.bias = nn.Parameter(torch.empty(experts, 1, outside).uniform_(-bound, bound, generator=generator))
+        self.shared = shared
 
     def forward(self, features: Tensor) -> Tensor:
         experts, outside, inside = self.weight.shape
-        own = features.ndim > 2 and features.shape[0] == experts
-        rows = features.shape[1:-1] if own else features.shape[:-1]
-        if not own:  # one product for all: the weights of the experts one below the other
-            shared = functional.linear(features.reshape(-1, inside), self.weight.flatten(0, 1), self.bias.flatten())
-            return shared.view(-1, experts, outside).transpose(0, 1).reshape(experts, *rows, outside)
-        product = torch.baddbmm(self.bias, _rows(features, experts, inside), self.weight.transpose(1, 2))
-        return product.view(experts, *rows, outside)
+        if features.shape[-1] != inside:
+            raise ShapeError(f"the layer takes {inside} features and got {features.shape[-1]}")
+        if self.shared or features.ndim <= 2:  # one product for all: the weights of the experts one below the other
+            product = functional.linear(features.reshape(-1, inside), self.weight.flatten(0, 1), self.bias.flatten())
+            return product.view(-1, experts, outside).transpose(0, 1).reshape(experts, *features.shape[:-1], outside)
+        if features.shape[0] != experts:
+            raise ShapeError(
+                f"a layer of {experts} experts takes [{experts}, ..., {inside}] and got {tuple(features.shape)}: with "
+                "shared=True all experts read the same features"
+            )
+        product = torch.baddbmm(self.bias, features.reshape(experts, -1, inside), self.weight.transpose(1, 2))
+        return product.view(experts, *features.shape[1:-1], outside)
 
 
 class CosineHead(nn.Module):
@@ -77,8 +80,10 @@ class CosineHead(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        if not scale > 0.0:
+        if not 0.0 < scale < math.inf:
             raise ConfigError(f"scale bounds the logits of a cosine head and must be positive, got {scale}")
+        if min(features, classes, experts or 1) < 1 or experts == 0:
+            raise ConfigError(f"features, classes and experts are at least 1, got {features}, {classes} and {experts}")
         shape = (classes, features) if experts is None else (experts, classes, features)
         self.weight = nn.Parameter(torch.randn(shape, generator=generator))
         self.experts = experts
