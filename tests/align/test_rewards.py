@@ -20,6 +20,8 @@ from kullback.align.rewards import (
     score,
 )
 from kullback.core.errors import ConfigError, DataError, RewardError
+from kullback.core.rng import generator as stream
+from kullback.models.small import small_llama
 
 
 def lengths(prompts, completions):
@@ -221,11 +223,20 @@ def test_a_reward_model_from_its_directory(tmp_path):
         ids = tokenizer(prompts[row] + texts[row], return_tensors="pt").input_ids
         with torch.no_grad():
             assert torch.allclose(model(ids).logits[0], found[row], atol=1e-5)
+    long = ModelReward(tmp_path / "one")(["some " * 100], ["words"])
+    assert torch.equal(long, reward(["some " * 100], ["words"])), "what the model has no positions for is cut"
     model.config.num_labels = 2
     BertForSequenceClassification(model.config).save_pretrained(tmp_path / "two")
     tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(DataError, match="one label"):
         ModelReward(tmp_path / "two")
+    sizes = {"hidden": 16, "layers": 1, "heads": 2, "length": 32}
+    untrained = small_llama(len(tokenizer), **sizes, generator=stream(0, "policy"))
+    untrained.config.num_labels = 1
+    untrained.save_pretrained(tmp_path / "untrained")
+    tokenizer.save_pretrained(tmp_path / "untrained")
+    with pytest.raises(DataError, match="no weights for score.weight, which would be drawn at random"):
+        ModelReward(tmp_path / "untrained")
     with pytest.raises(DataError, match="no sequence classifier"):
         ModelReward(tmp_path)
 

@@ -20,8 +20,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -348,11 +348,25 @@ def _evaluate(node: ast.AST) -> int:
     return value
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' table of weights that are missing: what is wrong is said in a sentence."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 class ModelReward:
     """The score of a sequence classifier with one label, from its directory, for prompt and completion together.
 
-    batch: texts at once; length: tokens of a text, its end kept. Raises DataError for a directory that cannot be
-    loaded or a model with another number of labels.
+    batch: texts at once; length: tokens of a text at most, its end kept, or as many as the model has places for.
+    Raises DataError for a directory that cannot be loaded, a model with another number of labels, or one whose score
+    was never trained.
     """
 
     def __init__(
@@ -362,18 +376,28 @@ class ModelReward:
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder} holds no sequence classifier with its tokenizer: {error}") from error
+            with _quiet_loading():
+                self.model, found = AutoModelForSequenceClassification.from_pretrained(
+                    folder, local_files_only=True, output_loading_info=True
+                )
+        except Exception as error:  # transformers and safetensors each have their own
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{folder} holds no sequence classifier with its tokenizer: {said}") from error
         if self.model.config.num_labels != 1:
             labels = self.model.config.num_labels
             raise DataError(f"a reward model has one label, and the one in {folder} has {labels}")
+        if found["missing_keys"]:
+            raise DataError(
+                f"{folder} has no weights for {min(found['missing_keys'])}, which would be drawn at random: name a "
+                "model that was trained as a sequence classifier"
+            )
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.truncation_side = "left"
         self.model = self.model.eval().requires_grad_(False).to(device)
-        self.batch, self.length = batch, length
+        places = getattr(self.model.config, "max_position_embeddings", None) or length
+        self.batch, self.length = batch, min(length, places, self.tokenizer.model_max_length)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:

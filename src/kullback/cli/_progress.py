@@ -69,8 +69,8 @@ class Progress:
             self.bar.update(self.task, completed=step, total=steps, loss=self.loss)
         elif time.monotonic() - self.said >= self.every:
             self.said = time.monotonic()
-            left = f", {(steps - step) / rate:.0f} s left" if rate > 0 else ""
-            self._line(f"  step {step} of {steps} {self.loss}{left}")
+            left = f"{(steps - step) / rate:.0f} s left" if rate > 0 else ""
+            self._line("  " + ", ".join(part for part in (f"step {step} of {steps}", self.loss, left) if part))
 
     def _line(self, text: str) -> None:
         if self.bar is not None:

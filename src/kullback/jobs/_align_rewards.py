@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -38,8 +38,8 @@ class EqualRewards:
             )
 
 
-def chosen_reward(config: RewardConfig, *, needed: bool) -> Reward | None:
-    """The reward function, or None where none is named and none needed.
+def chosen_reward(config: RewardConfig, *, needed: bool, device: Any = "cpu") -> Reward | None:
+    """The reward function, a model on the device, or None where none is named and none needed.
 
     Raises ConfigError for a name that means nothing or a pattern that would do nothing, and what loading raises.
     """
@@ -66,7 +66,7 @@ def chosen_reward(config: RewardConfig, *, needed: bool) -> Reward | None:
     if ":" in name:
         return judged(load_reward(name)) if config.pairwise else load_reward(name)
     if Path(name).expanduser().is_dir():
-        return ModelReward(Path(name).expanduser())
+        return ModelReward(Path(name).expanduser(), device=device)
     raise ConfigError(
         f"there is no reward {name!r}: exact, regex, arithmetic, module:function, file.py:function, or the directory "
         "of a reward model"

@@ -75,7 +75,7 @@ class Alignment:
         self._check_method()
         self.folder = self._folder()
         self.tokenizer = load_tokenizer(self.folder, role="model")
-        self.reward = chosen_reward(config.reward, needed=self.kind == "online")
+        self.reward = chosen_reward(config.reward, needed=self.kind == "online", device=self.state.device)
         training, validation = read_split(config.data, self.kind, self.tokenizer)
         self.reward_columns(training)
         self.examples, self.validation_examples = training, validation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,8 @@ def _adapted(path: Path, model: Any, role: str) -> Any:
     except ImportError as error:
         raise MissingExtra("peft", extra="lora") from error
     try:
-        found = merged(PeftModel.from_pretrained(model, str(path)))
+        with _unwarned():
+            found = merged(PeftModel.from_pretrained(model, str(path)))
     except Exception as error:  # peft, torch and safetensors each have their own
         raise DataError(f"{role} {path} is an adapter that does not fit its model: {_sentence(error)}") from error
     check_weights(found, role=f"{role} {path}")
@@ -131,7 +133,7 @@ def add_lora(model: Any, *, rank: int, alpha: int, targets: tuple[str, ...], see
         r=rank, lora_alpha=alpha, target_modules=list(targets) if targets else "all-linear", task_type="CAUSAL_LM"
     )
     try:
-        with _seeded(seed):
+        with _seeded(seed), _unwarned():
             return get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"adapters could not be added: {_sentence(error)}") from error
@@ -147,6 +149,14 @@ def _seeded(seed: int) -> Iterator[None]:
     """Libraries that draw weights from the global state draw them from `seed`, and leave that state as it was."""
     with torch.random.fork_rng():
         torch.random.default_generator.set_state(generator(seed, "fresh weights").get_state())
+        yield
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without what peft is told about names that transformers will give up: the user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
