@@ -250,7 +250,7 @@ def test_bad_input():
         gradient_descent(linear(), given, generator=generator(0), epochs=-1)
     one = EnsembleMLP(1, (5, 2), generator=generator(0))
     with pytest.raises(ShapeError, match="weights"):
-        train_ensemble(one, given.inputs, given.labels, weights=torch.ones(3, 60))
+        train_ensemble(one, given.inputs.float(), given.labels, weights=torch.ones(3, 60))
     with pytest.raises(ConfigError, match="single example"):
         train_ensemble(one, given.inputs.float(), given.labels, weights=torch.zeros(1, 60))
     with pytest.raises(ConfigError, match="ensemble"):

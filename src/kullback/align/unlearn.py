@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.divergences import from_logits, kl
 
 __all__ = [
@@ -45,7 +45,7 @@ _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torc
 class ForgetProblem:
     """The training data, inputs [n, D] and labels [n], and the numbers [f] of what is to be forgotten.
 
-    Raises ShapeError for numbers out of range or given twice.
+    Raises ShapeError for numbers out of range or given twice, ConfigError where nothing is left, DataError for NaN.
     """
 
     inputs: Tensor
@@ -53,10 +53,15 @@ class ForgetProblem:
     forget: Tensor
 
     def __post_init__(self) -> None:
-        places = self.forget
-        wrong = places.ndim != 1 or len(self.inputs) != len(self.labels) or len(places.unique()) != len(places)
-        if wrong or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self.labels)):
-            raise ShapeError(f"forget has numbers of {len(self.labels)} training points, none twice, got {places}")
+        labels = self.labels
+        if labels.ndim != 1 or labels.is_floating_point() or len(self.inputs) != len(labels):
+            shapes = f"{tuple(self.inputs.shape)} and {tuple(labels.shape)} of {labels.dtype}"
+            raise ShapeError(f"inputs are [n, ...] and labels [n] whole numbers, one a point, got {shapes}")
+        if self.inputs.is_floating_point() and not bool(self.inputs.isfinite().all()):
+            raise DataError("inputs are finite numbers, and some are not: leave out or repair these training points")
+        _check_places(self.forget, len(labels))
+        if len(self.forget) == len(labels):
+            raise ConfigError("the forget set is all of the training data and nothing is left to retain: train anew")
 
     @property
     def retain(self) -> Tensor:
@@ -64,6 +69,12 @@ class ForgetProblem:
         kept = torch.ones(len(self.labels), dtype=torch.bool)
         kept[self.forget] = False
         return kept.nonzero().squeeze(1)
+
+
+def _check_places(places: Tensor, count: int) -> None:
+    wrong = not isinstance(places, Tensor) or places.ndim != 1 or places.dtype not in (torch.int64, torch.int32)
+    if wrong or len(places.unique()) != len(places) or (len(places) and not 0 <= places.min() <= places.max() < count):
+        raise ShapeError(f"forget has numbers of {count} training points from 0 on, none twice, got {places}")
 
 
 def datamodel_matching(
@@ -88,15 +99,23 @@ def datamodel_matching(
     """
     if loss not in ("mse", "kl"):
         raise ConfigError(f"loss is mse or kl, not {loss!r}")
-    if min(forget_multiplier, retain_multiplier) < 0 or targets.shape[-2] != len(problem.labels):
+    if min(forget_multiplier, retain_multiplier) < 0 or forget_multiplier + retain_multiplier == 0:
+        given = f"{forget_multiplier} and {retain_multiplier}"
+        raise ConfigError(f"forget_multiplier and retain_multiplier are 0 or more and one of them is more, got {given}")
+    if targets.ndim < 2 or targets.shape[-2] != len(problem.labels):
         shape = tuple(targets.shape)
         raise ShapeError(f"targets are [..., {len(problem.labels)}, C], one a training point, got {shape}")
+    if bool(targets.isnan().any()):
+        raise DataError("targets are NaN: a model that they were made from has diverged, leave it out")
     found = deepcopy(model)
     if not len(problem.forget):
         return found
 
     def match(points: Tensor) -> Tensor:
         given, wanted = found(problem.inputs[points]), targets[..., points, :].detach()
+        if given.shape[-1] != wanted.shape[-1] or given.ndim < wanted.ndim:
+            shapes = f"{tuple(wanted.shape)} and {tuple(given.shape)}"
+            raise ShapeError(f"targets are [..., n, C] as the model's outputs are, got {shapes} for a batch")
         if loss == "kl":
             return from_logits(kl, wanted, given).mean(-1).sum()
         return (given - wanted).square().mean((-2, -1)).sum()
@@ -142,7 +161,15 @@ def _batches(points: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def datamodel_direct(outputs: Tensor, beta: Tensor, forget: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Outputs [..., k, C] with the shift that beta [n, k, C] predicts for leaving the points `forget` out."""
+    """Outputs [..., k, C] with the shift that beta [n, k, C] predicts for leaving the points `forget` out.
+
+    Raises ShapeError, also for numbers out of range or given twice, DataError for NaN.
+    """
+    _check_places(forget, len(beta))
+    if beta.ndim != 3 or outputs.shape[-2:] != beta.shape[1:]:
+        raise ShapeError(f"outputs are [..., k, C] and beta [n, k, C], got {tuple(outputs.shape)}, {tuple(beta.shape)}")
+    if bool(beta[forget].isnan().any()):
+        raise DataError("beta is NaN for points to be forgotten: fit it anew without models that have diverged")
     return outputs - scale * beta[forget].sum(0).to(outputs.dtype)
 
 
@@ -151,6 +178,8 @@ def _cross_entropy(model: nn.Module, problem: ForgetProblem) -> Callable[[Tensor
 
     def loss(points: Tensor) -> Tensor:
         logits = model(problem.inputs[points])
+        if len(points) and not 0 <= problem.labels[points].min() <= problem.labels[points].max() < logits.shape[-1]:
+            raise DataError(f"labels are from 0 to {logits.shape[-1] - 1}, as the model has outputs, and one is not")
         labels = problem.labels[points].expand(logits.shape[:-1])
         each = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
         return each.view(labels.shape).mean(-1).sum()
@@ -188,6 +217,8 @@ def gradient_descent_ascent(
     learning_rate: float = 1e-4, batch_size: int = 512, optimizer: Optimizer = "adam", ascent: float = 0.1,
 ) -> nn.Module:  # fmt: skip
     """Descent on the retained data, with `ascent` times the loss of the forget set taken off in every step."""
+    if not ascent >= 0.0:
+        raise ConfigError(f"ascent is the weight of the forget set's loss, 0 or more, got {ascent}")
     found = deepcopy(model)
     cross_entropy = _cross_entropy(found, problem)
 
@@ -216,6 +247,9 @@ def scrub(
     Each of the first forget_epochs climbs T^2 KL(original, model) on F; every epoch descends label_share cross-entropy
     and near_share of that KL on R.
     """
+    if min(epochs, forget_epochs) < 0 or not temperature > 0.0:
+        given = f"{epochs}, {forget_epochs} and {temperature}"
+        raise ConfigError(f"epochs and forget_epochs are 0 or more and temperature is positive, got {given}")
     found, teacher = deepcopy(model), deepcopy(model).requires_grad_(False)
     cross_entropy = _cross_entropy(found, problem)
 

@@ -33,6 +33,35 @@ __all__ = [
 ]
 
 
+def _check_penalty(penalty: float) -> None:
+    if not 0.0 <= penalty < math.inf:
+        raise ConfigError(f"the penalty is 0 or more and finite, got {penalty}")
+
+
+def _check_numbers(**given: Tensor) -> None:
+    for name, x in given.items():
+        if bool(x.isnan().any()):
+            raise DataError(f"{name} have NaN: a model has diverged or a point is broken, leave it out")
+
+
+def _places(forget: Tensor | Sequence[int], count: int) -> Tensor:
+    """Checked numbers of training points [f]."""
+    places = torch.as_tensor(forget)
+    fine = places.ndim == 1 and not (len(places) and (places.is_floating_point() or places.dtype == torch.bool))
+    places = places.long()
+    fine = fine and len(places.unique()) == len(places)
+    if not fine or (len(places) and not 0 <= places.min() <= places.max() < count):
+        raise ShapeError(f"forget has numbers of {count} training points from 0 on, none twice, got {forget}")
+    return places
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    try:
+        return torch.linalg.solve(matrix, right)
+    except torch.linalg.LinAlgError as error:
+        raise DataError("the equations have no single solution: raise the penalty, or take more models") from error
+
+
 def fit_datamodels(
     masks: Tensor, outputs: Tensor, *, penalty: float = 1.0, method: Literal["ridge", "lasso"] = "ridge"
 ) -> tuple[Tensor, Tensor]:
@@ -45,11 +74,11 @@ def fit_datamodels(
     >>> fit_datamodels(masks, 3.0 * masks.unsqueeze(-1) + 1.0, penalty=1e-9)[0].round(decimals=6)
     tensor([[[3.]]], dtype=torch.float64)
     """
-    if masks.ndim != 2 or outputs.ndim != 3 or len(masks) != len(outputs) or len(masks) < 2:
+    if masks.ndim != 2 or outputs.ndim != 3 or len(masks) != len(outputs) or len(masks) < 2 or not masks.shape[1]:
         shapes = f"{tuple(masks.shape)} and {tuple(outputs.shape)}"
         raise ShapeError(f"masks are [M, n] and outputs [M, k, C] of the same models, two at least, got {shapes}")
-    if not penalty >= 0.0:
-        raise ConfigError(f"the penalty is 0 or more, got {penalty}")
+    _check_penalty(penalty)
+    _check_numbers(masks=masks, outputs=outputs)
     x, y = masks.double(), outputs.double().flatten(1)
     mean_x, mean_y = x.mean(0), y.mean(0)
     centred, response = x - mean_x, y - mean_y
@@ -68,8 +97,8 @@ def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
     models, points = x.shape
     if models < points:
         gram = x @ x.T + penalty * torch.eye(models, dtype=x.dtype)
-        return x.T @ torch.linalg.solve(gram, y)
-    return torch.linalg.solve(x.T @ x + penalty * torch.eye(points, dtype=x.dtype), x.T @ y)
+        return x.T @ _solved(gram, y)
+    return _solved(x.T @ x + penalty * torch.eye(points, dtype=x.dtype), x.T @ y)
 
 
 def _lasso(x: Tensor, y: Tensor, penalty: float) -> Tensor:
@@ -87,12 +116,13 @@ def predict_without(
     """The outputs [..., k, C] that models with base_outputs would have without the training points `forget` (numbers).
 
     scale: of the predicted shift, a number or one a point as [k, 1]; calibrate it on held-out sets (`calibrated_scale`)
-    where the subsets were far from the whole data.
+    where the subsets were far from the whole data. Raises ShapeError, also for numbers out of range or given twice.
     """
-    places = torch.as_tensor(forget, dtype=torch.long)
+    places = _places(forget, len(beta))
     if base_outputs.shape[-2:] != beta.shape[1:]:
         shapes = f"{tuple(base_outputs.shape)} and {tuple(beta.shape)}"
         raise ShapeError(f"outputs are [..., k, C] and beta [n, k, C], got {shapes}")
+    _check_numbers(beta=beta[places])
     return base_outputs - scale * beta[places].sum(0).to(base_outputs.dtype)
 
 
@@ -111,9 +141,14 @@ def calibrated_scale(
     1.5
     """
     models, points = len(masks), beta.shape[1]
+    if not models:
+        raise DataError("no held-out model was given: retrain some without sets of points, and pass masks and outputs")
+    _check_numbers(outputs=outputs, base_outputs=base_outputs)
     if masks.shape != (models, len(beta)) or outputs.shape != (models, *beta.shape[1:]):
         shapes = f"{tuple(beta.shape)}, {tuple(masks.shape)} and {tuple(outputs.shape)}"
         raise ShapeError(f"beta is [n, k, C], masks [M, n] and outputs [M, k, C] of the held-out models, got {shapes}")
+    if base_outputs.shape not in (outputs.shape, outputs.shape[1:]):
+        raise ShapeError(f"base_outputs are [k, C] or [M, k, C], got {tuple(base_outputs.shape)}")
     if where is not None and where.shape != (models, points):
         raise ShapeError(f"where is [models, points] = {(models, points)}, got {tuple(where.shape)}")
     predicted = ((masks.double() - 1.0) @ beta.double().flatten(1)).view(outputs.shape)
@@ -141,6 +176,9 @@ class TRAKFeatures:
         self.parameters = {name: p.detach() for name, p in model.named_parameters()}
         size = sum(p.numel() for p in self.parameters.values())
         self.projection: Tensor | None = None
+        _check_penalty(penalty)
+        if chunk < 1 or not size:
+            raise ConfigError(f"chunk is 1 or more and the model has parameters, got {chunk} and {size} parameters")
         if dimensions is not None:
             if dimensions < 1:
                 raise ConfigError(f"a projection has a dimension at least, got {dimensions}")
@@ -148,7 +186,15 @@ class TRAKFeatures:
             self.projection = (2.0 * signs.float() - 1.0) / math.sqrt(dimensions)
 
     def features(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """phi [n, k]: the gradient of each point's margin."""
+        """phi [n, k]: the gradient of each point's margin. Raises ShapeError, DataError."""
+        self._check(inputs)
+        if labels.shape != inputs.shape[:1] or labels.is_floating_point():
+            shapes = f"{tuple(inputs.shape)} and {tuple(labels.shape)} of {labels.dtype}"
+            raise ShapeError(f"inputs are [n, ...] and labels [n] whole numbers, one a point, got {shapes}")
+        with torch.no_grad():
+            classes = self.model(inputs[:1]).shape[-1]
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise DataError(f"labels are from 0 to {classes - 1}, as the model has outputs, and one is not")
         found = torch.func.vmap(torch.func.grad(self._margin), in_dims=(None, 0, 0))
         parts = []
         for start in range(0, len(inputs), self.chunk):
@@ -160,6 +206,7 @@ class TRAKFeatures:
 
     def logit_features(self, inputs: Tensor) -> Tensor:
         """phi [n, C, k]: the gradients of each point's logits less their mean over classes."""
+        self._check(inputs)
         found = torch.func.vmap(torch.func.jacrev(self._logits), in_dims=(None, 0))
         parts = []
         for start in range(0, len(inputs), self.chunk):
@@ -167,6 +214,11 @@ class TRAKFeatures:
             flat = torch.cat([g.flatten(2) for g in slopes.values()], 2)
             parts.append(flat if self.projection is None else flat @ self.projection.to(flat.dtype))
         return torch.cat(parts)
+
+    def _check(self, inputs: Tensor) -> None:
+        if not len(inputs):
+            raise ShapeError(f"inputs are [n, ...] of one point at least, got {tuple(inputs.shape)}")
+        _check_numbers(inputs=inputs)
 
     def scores(
         self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, weighted: bool = True
@@ -193,9 +245,9 @@ class TRAKFeatures:
         rows, columns = phi.double(), other.double().T
         eye = self.penalty * torch.eye(min(rows.shape), dtype=rows.dtype)
         if len(rows) < rows.shape[1]:  # Phi (Phi^T W Phi + l)^-1 = (Phi Phi^T W + l)^-1 Phi
-            reach = torch.linalg.solve((rows @ rows.T) * bend + eye, rows @ columns)
+            reach = _solved((rows @ rows.T) * bend + eye, rows @ columns)
         else:
-            reach = rows @ torch.linalg.solve((rows.T * bend) @ rows + eye, columns)
+            reach = rows @ _solved((rows.T * bend) @ rows + eye, columns)
         return 1.0 - right, reach.to(phi.dtype)
 
     def _logits(self, parameters: dict[str, Tensor], one: Tensor) -> Tensor:
@@ -236,14 +288,21 @@ def logistic_influence(inputs: Tensor, labels: Tensor, coefficients: Tensor, tes
     """beta [n, k]: how much each point adds to the log-odds of test inputs [k, D] under logistic regression.
 
     inputs [n, D], labels [n] in {0, 1}, coefficients [D] at the optimum of the summed loss with penalty / 2 |w|^2: one
-    Newton step, without the factor 1 / (1 - leverage).
+    Newton step, without the factor 1 / (1 - leverage). Raises ShapeError, ConfigError, DataError.
     """
+    _check_penalty(penalty)
+    fits = inputs.ndim == test.ndim == 2 and labels.shape == inputs.shape[:1]
+    if not fits or not coefficients.shape == inputs.shape[1:] == test.shape[1:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (inputs, labels, coefficients, test))
+        raise ShapeError(f"inputs are [n, D], labels [n], coefficients [D] and test [k, D], got {shapes}")
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise DataError("labels are 0 or 1 in logistic regression, and some are neither")
     odds = inputs @ coefficients
     chance = odds.sigmoid()
     hessian = (inputs * (chance * (1.0 - chance)).unsqueeze(1)).T @ inputs
     hessian = hessian + penalty * torch.eye(inputs.shape[1], dtype=inputs.dtype)
     residual = (labels.to(inputs.dtype) - chance).unsqueeze(1)
-    return (inputs * residual) @ torch.linalg.solve(hessian, test.T)
+    return (inputs * residual) @ _solved(hessian, test.T)
 
 
 def ridge_without(
@@ -252,13 +311,20 @@ def ridge_without(
     """(coefficients of all data, coefficients without `forget`) of ridge regression, [D] each, the second by Woodbury.
 
     inputs [n, D], targets [n]; the penalty is on the summed squares. Only a system of the size of the set is solved.
+    Raises ShapeError, ConfigError, and DataError for NaN or where all points go and there is no penalty.
     """
-    places = torch.as_tensor(forget, dtype=torch.long)
+    if inputs.ndim != 2 or targets.shape != inputs.shape[:1]:
+        raise ShapeError(f"inputs are [n, D] and targets [n], got {tuple(inputs.shape)} and {tuple(targets.shape)}")
+    _check_penalty(penalty)
+    _check_numbers(inputs=inputs, targets=targets)
+    places = _places(forget, len(inputs))
+    if len(places) == len(inputs) and penalty == 0.0:
+        raise DataError("no point is left and the penalty is 0: leave fewer out, or give a penalty")
     gram = inputs.T @ inputs + penalty * torch.eye(inputs.shape[1], dtype=inputs.dtype)
-    whole = torch.linalg.solve(gram, inputs.T @ targets)
+    whole = _solved(gram, inputs.T @ targets)
     rows = inputs[places]
-    spread = torch.linalg.solve(gram, rows.T)
+    spread = _solved(gram, rows.T)
     hat = rows @ spread
     residual = targets[places] - rows @ whole
-    step = torch.linalg.solve(torch.eye(len(places), dtype=inputs.dtype) - hat, residual)
+    step = _solved(torch.eye(len(places), dtype=inputs.dtype) - hat, residual)
     return whole, whole - spread @ step

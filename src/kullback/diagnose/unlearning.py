@@ -27,10 +27,20 @@ __all__ = ["KLoMSummary", "klom", "klom_floor", "klom_report", "margin", "ulira"
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """The log-odds of the label: logits [..., C], labels [...] (or what broadcasts to it) to [...].
 
+    Raises ShapeError, and DataError for labels that are no number of an output.
+
     >>> margin(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
     tensor([2.])
     """
-    where = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    if logits.ndim < 1 or logits.shape[-1] < 2 or labels.ndim > logits.ndim - 1 or any(
+        mine not in (1, whole) for mine, whole in zip(reversed(labels.shape), reversed(logits.shape[:-1]))
+    ):  # fmt: skip
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ShapeError(f"logits are [..., C] of two classes or more and labels [...], got {shapes}")
+    wrong = labels.is_floating_point() or labels.dtype == torch.bool
+    if wrong or (labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]):
+        raise DataError(f"labels are whole numbers from 0 to {logits.shape[-1] - 1}, and one is not")
+    where = labels.long().expand(logits.shape[:-1]).unsqueeze(-1)
     own = logits.gather(-1, where).squeeze(-1)
     return own - logits.scatter(-1, where, -math.inf).logsumexp(-1)
 
@@ -57,8 +67,9 @@ def klom(
     tensor([11.5129], dtype=torch.float64)
     """
     _check_shapes(unlearned, oracle)
-    if bins < 2 or not 0.0 < eps < 1.0 or not clip > 0.0:
-        raise ConfigError(f"bins are 2 or more, eps lies in (0, 1) and clip is positive: {bins}, {eps}, {clip}")
+    if not isinstance(bins, int) or bins < 2 or not 0.0 < eps < 1.0 or not clip > 0.0:
+        given = f"{bins}, {eps} and {clip}"
+        raise ConfigError(f"bins are a whole number from 2 on, eps lies in (0, 1) and clip is positive, got {given}")
     if direction not in ("unlearned||oracle", "oracle||unlearned"):
         raise ConfigError(f"direction is unlearned||oracle or oracle||unlearned, not {direction!r}")
     pair = (unlearned, oracle) if direction == "unlearned||oracle" else (oracle, unlearned)
@@ -127,6 +138,8 @@ def klom_floor(oracle: Tensor, *, generator: torch.Generator, bins: int = 20, re
     Halves have half the models, so compare with ensembles of M / 2.
     """
     _check(oracle)
+    if repeats < 1:
+        raise ConfigError(f"repeats is 1 or more, got {repeats}")
     if len(oracle) < 4:
         raise ShapeError(f"halves of two models each take four retrained models, got {len(oracle)}")
     total = torch.zeros(oracle.shape[1], dtype=torch.float64)
@@ -148,11 +161,15 @@ class KLoMSummary(NamedTuple):
 def klom_report(unlearned: Tensor, oracle: Tensor, sets: Mapping[str, Tensor]) -> dict[str, KLoMSummary]:
     """KLoM over the points of each named set of numbers: forget, retain, validation. All three belong to an answer."""
     values = klom(unlearned, oracle)
+    if not sets:
+        raise ConfigError("no set was named: forget, retain and validation points all belong to an answer")
     found = {}
     for name, points in sets.items():
-        chosen = values[points]
-        if not len(chosen):
+        if not len(points):
             raise ShapeError(f"the set {name!r} has no point")
+        if points.dtype != torch.bool and not 0 <= int(points.min()) <= int(points.max()) < len(values):
+            raise ShapeError(f"the set {name!r} has numbers of {len(values)} points from 0 on, and one is not")
+        chosen = values[points]
         tails = torch.quantile(chosen, torch.tensor([0.95, 0.99], dtype=chosen.dtype)).tolist()
         found[name] = KLoMSummary(chosen.mean().item(), *tails)
     return found
@@ -165,6 +182,8 @@ def ulira(with_point: Tensor, without_point: Tensor, unlearned: Tensor) -> Tenso
     the attack guesses the likelier for the models `unlearned` [N, n] (deleted it) and for those that never saw it.
     """
     _check(with_point, without_point, unlearned)
+    if not all(bool(x.isfinite().all()) for x in (with_point, without_point, unlearned)):
+        raise DataError("margins are finite for normal densities, and some are not: clip them, as to -100 and 100")
 
     def log_density(x: Tensor, sample: Tensor) -> Tensor:
         mean, spread = sample.double().mean(0), sample.double().std(0).clamp(min=1e-6)

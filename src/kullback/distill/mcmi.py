@@ -31,6 +31,7 @@ __all__ = ["CMIMeter", "MCMITerms", "class_centroids", "effective_dimension", "e
 
 _FLOOR = 1e-12  # a centroid may be 0 where it was computed from other outputs than those it is compared with
 _ENTRIES = 1 << 17  # outputs that a meter takes in at once on a processor
+_NAN = "outputs are probabilities, and some are NaN: leave out the samples on which the model failed"
 _NOT_FINITE = "logits are numbers or -inf, one above it in each row, and some are not: the model has diverged"
 Bonus = Literal["cmi", "entropy", "smoothing", "separation"]
 
@@ -74,9 +75,11 @@ def class_centroids(
     _check_range(labels, num_classes)
     if empty not in ("nan", "uniform"):
         raise ConfigError(f'empty is "nan" or "uniform", not {empty!r}')
-    if weights is not None and (weights.shape != labels.shape or bool((weights < 0).any())):
+    if weights is not None and (weights.shape != labels.shape or not bool((weights >= 0).all())):
         raise ShapeError(f"weights are {len(labels)} numbers from 0 on, got {tuple(weights.shape)}")
     probs = _widened(probs)
+    if bool(probs.isnan().any()):
+        raise DataError(_NAN)
     share = torch.ones_like(labels, dtype=probs.dtype) if weights is None else weights.to(probs.dtype)
     share = share.masked_fill(labels < 0, 0.0)
     rows = labels.clamp(min=0)
@@ -117,7 +120,7 @@ def empirical_cmi(
     if centroids is None:
         centroids = class_centroids(log_probs.exp(), labels, groups, empty="uniform")
     else:
-        _check_centroids(centroids, logits, labels)
+        _used_centroids(centroids, logits, labels, centroids.dtype)
     spread = _divergence(log_probs, centroids[labels])
     if bool(spread.isnan().any()):
         raise DataError(_NOT_FINITE)
@@ -141,10 +144,6 @@ def _check_temperature(temperature: float) -> None:
         raise ConfigError(f"temperature must be positive and is {temperature}")
 
 
-def _check_centroids(centroids: Tensor, logits: Tensor, groups: Tensor) -> None:
-    _used_centroids(centroids, logits, groups, centroids.dtype)
-
-
 def _divergence(log_probs: Tensor, centroids: Tensor) -> Tensor:
     """KL(P || Q) of rows [n, C] to [n]; outputs that are exactly 0 count for nothing."""
     probs = log_probs.exp()
@@ -163,7 +162,7 @@ def effective_dimension(probs: Tensor, labels: Tensor) -> Tensor:
     _check_rows(probs, labels)
     probs, labels = _counted(_widened(probs), labels)
     if bool(probs.isnan().any()):
-        raise DataError("outputs are probabilities, and some are NaN: leave out the samples on which the model failed")
+        raise DataError(_NAN)
     apart = probs - class_centroids(probs, labels, int(labels.max()) + 1, empty="uniform")[labels]
     covariance = apart.T @ apart
     return covariance.trace().square() / covariance.square().sum()
@@ -202,7 +201,7 @@ def mcmi_loss(
     """
     _check_rows(logits, labels)
     _check_temperature(temperature)
-    if not lam >= 0.0:
+    if not 0.0 <= lam < math.inf:
         raise ConfigError(f"lam is 0 or more and is {lam}: the information is subtracted from the loss, so it rises")
     groups = labels if groups is None else groups
     _check_rows(logits, groups, "groups")
@@ -211,8 +210,9 @@ def mcmi_loss(
     if bonus == "cmi" and temperature == 1.0:
         used = _used_centroids(centroids, logits, groups, wide.dtype)
         ce, value = _Together.apply(wide, labels, groups, used)
+        _check_terms(ce, value)
         return MCMITerms(ce_weight * ce - lam * value, ce, value)
-    _check_centroids(centroids, logits, groups)
+    _used_centroids(centroids, logits, groups, centroids.dtype)
     kept = labels >= 0
     count = kept.sum().clamp(min=1)
     negative = -torch.log_softmax(wide, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -224,7 +224,13 @@ def mcmi_loss(
     else:
         value = _bonus(log_probs[kept], labels[kept], groups[kept], centroids.detach().to(wide.dtype), bonus, smoothing)
         value = value.sum() / kept.sum().clamp(min=1)
+    _check_terms(ce, value)
     return MCMITerms(ce_weight * ce - lam * value, ce, value)
+
+
+def _check_terms(ce: Tensor, value: Tensor) -> None:
+    if bool((ce + value).isnan()):
+        raise DataError(_NOT_FINITE)
 
 
 class _Together(torch.autograd.Function):
@@ -259,13 +265,13 @@ class _Together(torch.autograd.Function):
 
 
 def _used_centroids(centroids: Tensor, logits: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
-    """The centroid of each sample [b, C], a copy, after the checks of `_check_centroids`."""
+    """The centroid of each sample [b, C], a copy, after checks."""
     if centroids.ndim != 2 or centroids.shape[1] != logits.shape[1]:
         raise ShapeError(f"centroids have shape [G, {logits.shape[1]}], one row a class, got {tuple(centroids.shape)}")
     _check_range(groups, len(centroids), "groups")
     used = centroids.detach().index_select(0, groups.clamp(min=0)).to(dtype)
-    if not bool(((used.sum(-1) - 1.0).abs() <= 1e-4).all()):
-        raise DataError("each centroid is a distribution over the outputs, and one that is used here does not sum to 1")
+    if not bool(((used.sum(-1) - 1.0).abs() <= 1e-4).all() and (used >= 0.0).all()):
+        raise DataError("centroids are distributions over the outputs, and one is negative or does not sum to 1")
     return used
 
 

@@ -52,6 +52,8 @@ class CentroidTracker:
     ) -> None:
         if refresh not in _REFRESHES:
             raise ConfigError(f"refresh is one of {', '.join(_REFRESHES)}, not {refresh!r}")
+        if num_classes < 1:
+            raise ConfigError(f"there is a class at least, got {num_classes}")
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"decay is the share of the old centroid in [0, 1) and is {decay}")
         self.num_classes, self.refresh, self.decay = num_classes, refresh, decay
@@ -73,6 +75,8 @@ class CentroidTracker:
         """Take these centroids [C, C]."""
         if centroids.shape[0] != self.num_classes:
             raise ShapeError(f"there are {self.num_classes} classes and came {centroids.shape[0]} centroids")
+        if bool(centroids.isnan().any()):
+            raise DataError('centroids are NaN: make those of classes without a sample uniform, empty="uniform"')
         self._centroids = centroids.detach().clone()
         return self
 
@@ -96,8 +100,22 @@ class CentroidTracker:
         return self._centroids
 
     def get(self, labels: Tensor) -> Tensor:
-        """The centroids of the labels [b], [b, C]."""
+        """The centroids of the labels [b], [b, C]; DataError for labels that are no class."""
+        _check_labels(labels, self.num_classes)
         return self.centroids[labels]
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"labels are whole numbers and came as {labels.dtype}: convert them with .long()")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(f"labels are from 0 to {classes - 1}, got from {int(labels.min())} to {int(labels.max())}")
+
+
+def _check_pairs(inputs: Tensor, labels: Tensor) -> None:
+    if not len(inputs) or labels.shape != inputs.shape[:1]:
+        shapes = f"{len(inputs)} and {tuple(labels.shape)}"
+        raise DataError(f"there is one label for each of one or more inputs, got {shapes}")
 
 
 @torch.no_grad()
@@ -131,7 +149,10 @@ def measured(
 def shuffled_batches(
     inputs: Tensor, labels: Tensor, size: int, *, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over the samples in random order, `size` at a time."""
+    """One pass over the samples in random order, `size` at a time. Raises ConfigError, DataError without a sample."""
+    _check_pairs(inputs, labels)
+    if size < 1:
+        raise ConfigError(f"size is 1 or more and is {size}")
     for rows in torch.randperm(len(inputs), generator=generator).split(size):
         yield inputs[rows], labels[rows]
 
@@ -143,6 +164,7 @@ def balanced_batches(
 
     Drawn within a class without replacement until it runs out, and then anew.
     """
+    _check_pairs(inputs, labels)
     classes = [torch.nonzero(labels == label).squeeze(-1) for label in torch.unique(labels)]
     if per_class < 1:
         raise ConfigError(f"per_class is 1 or more and is {per_class}")
@@ -206,10 +228,16 @@ def finetune_teacher(
     best epoch are returned; without it, those of the last. listen: called after each epoch with its number, loss,
     cross-entropy ("ce"), "cmi" against the centroids in use, and "accuracy" where there is validation.
     """
-    if not len(inputs) or len(inputs) != len(labels):
-        raise DataError(f"there is one label for each of one or more inputs, got {len(inputs)} and {len(labels)}")
+    _check_module(teacher, "the teacher")
+    _check_pairs(inputs, labels)
+    if validation is not None:
+        _check_pairs(*validation)
+    if not bool((labels >= 0).any()):
+        raise DataError("there is no sample to train on: labels below 0 are left out, and none is left")
     model = copy.deepcopy(teacher).requires_grad_()
-    classes = num_classes or int(labels.max()) + 1
+    if (classes := num_classes or 0) < 1:
+        with torch.no_grad():
+            classes = model.eval()(inputs[:1]).shape[-1]
     tracker = CentroidTracker(
         classes, settings.refresh, settings.decay, train_mode=settings.train_mode, temperature=settings.temperature
     )
@@ -236,6 +264,11 @@ def finetune_teacher(
     if best is not None:
         model.load_state_dict(best[1])
     return model.eval()
+
+
+def _check_module(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} is a trained module from inputs to logits, and is {type(model).__name__}")
 
 
 def _optimizer(model: nn.Module, settings: MCMISettings) -> torch.optim.Optimizer:
@@ -274,9 +307,16 @@ def kd_loss(
 ) -> Tensor:
     """(1 - alpha) CE + alpha T^2 KL(softmax(t/T) || softmax(s/T)), mean over rows [b, C]; the teacher is a constant.
 
+    Raises ShapeError, ConfigError.
+
     >>> kd_loss(torch.eye(2), torch.zeros(2, 2), torch.tensor([0, 1]))
     tensor(0.1809)
     """
+    if teacher_logits.shape != student_logits.shape or labels.shape != student_logits.shape[:-1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (teacher_logits, student_logits, labels))
+        raise ShapeError(f"teacher and student have logits [b, C] of the same shape and labels are [b], got {shapes}")
+    if not temperature > 0.0 or not 0.0 <= alpha <= 1.0:
+        raise ConfigError(f"temperature is positive and alpha between 0 and 1, got {temperature} and {alpha}")
     log_p = torch.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     log_q = torch.log_softmax(student_logits / temperature, dim=-1)
     soft = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -310,15 +350,25 @@ def zero_shot_distill(
     The student keeps all outputs: the teacher's mass on the omitted ones is all that it learns of them. kd: loss of
     (teacher logits, student logits, labels). omit may be empty. Adam. Several teachers: each distils a copy of the
     student, all on the same batches and in one pass; accuracies [teachers, C], and `student` stays as it is. Raises
-    ConfigError where no sample is left.
+    ConfigError without a teacher or where no sample is left, DataError for labels out of range and a teacher's NaN.
     """
+    several = [teacher] if isinstance(teacher, nn.Module) or teacher is None else list(teacher)
+    if not several or min(epochs + 1, batch) < 1:
+        given = f"{len(several)}, {epochs} and {batch}"
+        raise ConfigError(f"there are a teacher, 0 epochs or more and 1 sample a batch at least, got {given}")
+    for model in (*several, student):
+        _check_module(model, "the student" if model is student else "a teacher")
+    _check_pairs(data.inputs, data.labels)
+    _check_pairs(data.test_inputs, data.test_labels)
     kept = ~torch.isin(data.labels, data.labels.new_tensor(list(omit)))
     if not bool(kept.any()):
         raise ConfigError(f"no sample is left to train on without the classes {list(omit)}: omit fewer")
     inputs, labels = data.inputs[kept], data.labels[kept]
-    several = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     with torch.no_grad():
         taught = torch.stack([model.eval()(inputs) for model in several])
+    if bool(taught.isnan().any()):
+        raise DataError("a teacher's logits are NaN: it has diverged, or the inputs are NaN")
+    _check_labels(torch.cat([data.labels, data.test_labels, data.labels.new_tensor(list(omit))]), taught.shape[-1])
     student.train()
     parameters, loss = _together(student, len(several), kd)
     optimizer = torch.optim.Adam(list(parameters.values()), learning_rate, foreach=True)
@@ -372,6 +422,7 @@ def balanced_subset(labels: Tensor, share: float, *, generator: torch.Generator)
     """
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"share is in (0, 1] and is {share}")
+    _check_pairs(labels, labels)
     chosen = []
     for label in torch.unique(labels):
         rows = torch.nonzero(labels == label).squeeze(-1)
@@ -388,6 +439,9 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15
     """
     if bins < 1 or not len(logits):
         raise ConfigError(f"there are 1 or more bins and samples, got {bins} and {len(logits)}")
+    _check_pairs(logits, labels)
+    if bool(logits.isnan().any()):
+        raise DataError("logits are NaN: leave out the samples on which the model failed")
     confidence, chosen = logits.double().softmax(-1).max(-1)
     place = (confidence * bins).long().clamp(max=bins - 1)
     gap = (chosen == labels).double() - confidence

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = ["EnsembleMLP", "StackedEnsemble", "train_ensemble"]
 
@@ -122,12 +122,20 @@ def train_ensemble(
     """Train every model by AdamW on all its data at once; returns the ensemble.
 
     inputs [n, D], labels [n], weights [count, n]: of each example in each model's mean loss (0 leaves it out), ones by
-    default. Raises ShapeError for weights of another shape, ConfigError for a model without any example.
+    default. Raises ShapeError, ConfigError for a model without any example, DataError for labels without an output.
     """
+    if len(inputs if inputs.ndim == 2 else inputs.movedim(0, 1)) != len(labels) and isinstance(ensemble, EnsembleMLP):
+        shapes = f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
+        raise ShapeError(f"inputs are [n, D] or [models, n, D] and labels [n], got {shapes}")
+    _check_data(ensemble, inputs, labels)
+    if steps < 0:
+        raise ConfigError(f"steps is 0 or more, got {steps}")
     shape = (ensemble.count, len(labels))
     chosen = torch.ones(shape) if weights is None else weights
     if chosen.shape != shape:
         raise ShapeError(f"weights are [models, examples] = {shape}, got {tuple(chosen.shape)}")
+    if not bool((chosen >= 0).all()):
+        raise ConfigError("weights are 0 or more, and some are not")
     if not (chosen.sum(1) > 0).all():
         raise ConfigError("a model without a single example cannot be trained: give each some weight")
     share = chosen / chosen.sum(1, keepdim=True)
@@ -148,6 +156,21 @@ def train_ensemble(
             optimizer.step()
         stack.write(some)
     return ensemble
+
+
+def _check_data(ensemble: EnsembleMLP | StackedEnsemble, inputs: Tensor, labels: Tensor) -> None:
+    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        raise ShapeError(f"labels are [n] whole numbers, got {tuple(labels.shape)} of {labels.dtype}")
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise DataError("inputs are finite numbers, and some are not: leave out or repair these examples")
+    if isinstance(ensemble, StackedEnsemble):
+        return
+    first, last = ensemble.weights[0], ensemble.weights[-1]
+    if inputs.shape[-1] != first.shape[1] or inputs.dtype != first.dtype:
+        given = f"{inputs.shape[-1]} of {inputs.dtype}"
+        raise ShapeError(f"inputs have {first.shape[1]} numbers of {first.dtype} each, as the networks, got {given}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < last.shape[2]:
+        raise DataError(f"labels are from 0 to {last.shape[2] - 1}, as the networks have outputs, and one is not")
 
 
 def _by_autograd(ensemble: nn.Module, inputs: Tensor, labels: Tensor, share: Tensor) -> None:
