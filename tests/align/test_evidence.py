@@ -9,7 +9,7 @@ from scipy import stats
 
 from kullback.align._annealing import Schedule, anneal, jackknife_log_mean, next_inverse
 from kullback.align._moves import Walkers
-from kullback.align.evidence import PriorSampler, log_evidence, posterior_sample, token_move
+from kullback.align.evidence import PriorSampler, from_policy, log_evidence, posterior_sample, token_move
 from kullback.core.errors import ConfigError, ShapeError
 from kullback.core.rng import generator
 
@@ -240,6 +240,42 @@ def test_bad_input():
     for wrong in ({"tries": 0}, {"tries": 2, "tokens": 2}):
         with pytest.raises(ConfigError, match="tries"):
             token_move(chain.laws, **wrong)
+
+
+def test_a_policy_may_stand_in_the_priors_place():
+    """Near the posterior it leaves little error, at it none; chains, swarms and rejection keep the posterior."""
+    chain = Chain()
+    posterior, reward = chain.law(1.0 / BETA).log_softmax(0), chain.reward(chain.all)
+    exact = chain.law(1.0 / BETA).logsumexp(0).item()
+    held = posterior > -math.inf
+    noise = torch.randn(len(posterior), generator=generator(16, "noise"), dtype=torch.float64)
+    near = (posterior + 0.3 * noise).log_softmax(0)
+
+    def problem(policy):
+        def sample(count, draw):
+            return torch.multinomial(policy.exp(), count, replacement=True, generator=draw)
+
+        return from_policy(
+            sample, lambda x: reward[x], lambda x: chain.log_prior(chain.all)[x], lambda x: policy[x], beta=BETA
+        )
+
+    at_it = log_evidence(problem(posterior), 100, beta=BETA, generator=generator(16))
+    assert at_it.log_evidence == pytest.approx(exact, abs=1e-10)
+    assert at_it.effective_size == pytest.approx(100.0)
+    found = log_evidence(problem(near), 4000, beta=BETA, generator=generator(16))
+    assert abs(found.log_evidence - exact) < 5 * found.standard_error
+    plain = log_evidence(chain.problem(), 4000, beta=BETA, generator=generator(16))
+    assert found.standard_error < 0.3 * plain.standard_error
+    bound = (BETA * (posterior + exact - near))[held].max().item() + 1e-9
+    for method, options in (("rejection", {"largest_reward": bound}), ("metropolis", {"steps": 10}), ("annealed", {})):
+        draw = generator(16, method)
+        x = posterior_sample(problem(near), 20_000, beta=BETA, generator=draw, method=method, **options).x
+        counts = x.bincount(minlength=len(posterior))
+        assert p_value(counts, posterior) > 1e-3 or method == "annealed"
+        assert 0.5 * (counts / len(x) - posterior.exp()).abs().sum().item() < 0.06
+    assert p_value(problem(near).sample(20_000, generator(17)).bincount(minlength=len(posterior)), posterior) < 1e-6
+    with pytest.raises(ConfigError, match="beta"):
+        from_policy(chain.sample, chain.reward, chain.log_prior, chain.log_prior, beta=0.0)
 
 
 class Counting(Chain):

@@ -273,6 +273,11 @@ def test_every_baseline_and_a_constraint(baseline):
     prepared = method.prepare(batch, group=4, generator=generator(11, "x"))
     right = batch["rewards"] > 0.5
     assert prepared["advantages"][right].min() > prepared["advantages"][~right].max()
+    _, metrics = method.loss(prepared["old_log_prob"], prepared, count=64.0)
+    assert metrics["target_share"].item() == pytest.approx(right.double().mean().item()), "what Z and kl rest on"
+    nothing = method.prepare({**batch, "rewards": torch.zeros(64), "prompt_index": torch.ones(64).long()}, group=4,
+                             generator=generator(11, "x"))  # fmt: skip
+    assert method.loss(nothing["old_log_prob"], nothing, count=64.0)[1]["target_share"].item() == 0.0
 
 
 def test_bad_input():
@@ -293,6 +298,17 @@ def test_bad_input():
     for wrong in ({"beta": 0.0}, {"target": "best"}, {"baseline": "median"}):
         with pytest.raises(ConfigError):
             FDpg(**wrong)
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="largest ratio"):
+            FDpg(max_ratio=wrong)
+        with pytest.raises(ConfigError, match="largest ratio"):
+            fdpg_loss(good, good, good, 0.0, max_ratio=wrong)
+    estimator = PartitionEstimator()
+    for context in (None, torch.tensor([0, 1])):
+        with pytest.raises(ShapeError, match="one a sample"):
+            estimator.update(good, good[:2] if context is None else good, context)
+    with pytest.raises(DataError, match="numbered from 0"):
+        estimator.update(good, good, torch.tensor([0, 1, -1]))
     with pytest.raises(ConfigError, match="window"):
         RunningBaseline(0)
     with pytest.raises(ConfigError, match="bound"):

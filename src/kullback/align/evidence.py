@@ -15,6 +15,8 @@ a random suffix anew, which in a far posterior leaves the first tokens where the
 have to be good again; `token_move` draws single tokens anew and keeps the others, and goes there, for one call of the
 model a proposal. Where the reward is known for beginnings too, `twisted_smc` in `align.twisted` needs no moves.
 
+`from_policy` puts a trained policy in the prior's place, whose samples are nearer to the posterior, for all of these.
+
 An estimate from one swarm knows nothing of samples that all missed the same place. So several independent swarms are
 run, Z is averaged over them, and the standard error comes from how far they are apart.
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,6 +43,7 @@ __all__ = [
     "PosteriorSamples",
     "PriorSampler",
     "TokenMove",
+    "from_policy",
     "log_evidence",
     "posterior_sample",
     "suffix_move",
@@ -65,6 +69,29 @@ class PosteriorSamples(NamedTuple):
     log_weights: Tensor
     acceptance: float
     effective_size: float
+
+
+def from_policy(
+    sample: Callable[[int, torch.Generator], Tensor],
+    reward: Callable[[Tensor], Tensor],
+    log_prior: Callable[[Tensor], Tensor],
+    log_policy: Callable[[Tensor], Tensor],
+    *,
+    beta: float,
+) -> PriorSampler:
+    """The same posterior and evidence from samples of a policy: r + b (log a - log pi) as reward, pi as prior.
+
+    sample: of the policy; reward, log_prior and log_policy: from x to [n]. Weights exp(r / b) a / pi are all Z for the
+    posterior itself, and "importance" is then without error. Take the same beta for what follows. Proposals are fresh
+    samples of the policy, as of an independence sampler. Raises ConfigError; DataError for a log-probability that is
+    not finite, since a policy must be able to say what the prior says.
+    """
+    _check(1, beta)
+
+    def corrected(x: Tensor) -> Tensor:
+        return reward(x).double() + beta * (log_prior(x).double() - log_policy(x).double())
+
+    return PriorSampler(sample, corrected)
 
 
 def log_evidence(

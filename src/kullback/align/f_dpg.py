@@ -112,11 +112,17 @@ def fdpg_loss(
         )
     advantage = reward if baseline is None else reward - baseline
     advantage = torch.where(held, advantage, 0.0)
+    _check_ratio(max_ratio)
     ratio = (fixed - log_proposal.detach()).exp()
     if max_ratio is not None:
         ratio = ratio.clamp(max=max_ratio)
     loss = -(ratio * advantage * log_policy).sum() / (len(fixed) if count is None else count)
     return FDPGOutput(loss, reward, advantage)
+
+
+def _check_ratio(max_ratio: float | None) -> None:
+    if max_ratio is not None and not max_ratio > 0.0:
+        raise ConfigError(f"the largest ratio of policy to proposal is positive, got {max_ratio}: None for no bound")
 
 
 def _check_samples(*samples: Tensor) -> None:
@@ -144,7 +150,16 @@ class PartitionEstimator:
         self._counts = torch.zeros(0, dtype=torch.float64)
 
     def update(self, log_target: Tensor, log_proposal: Tensor, context: Tensor | None = None) -> None:
-        """Take in samples [n], with the numbers [n] of their contexts where there are several."""
+        """Take in samples [n], with the numbers [n] of their contexts where there are several.
+
+        Raises ShapeError, and DataError for weights that are NaN or infinite or a context below 0.
+        """
+        given = [log_target, log_proposal] if context is None else [log_target, log_proposal, context]
+        if log_target.ndim != 1 or any(x.shape != log_target.shape for x in given):
+            shapes = ", ".join(str(tuple(x.shape)) for x in given)
+            raise ShapeError(f"target, proposal and context are one a sample, [n] each, got {shapes}")
+        if context is not None and bool((context < 0).any()):
+            raise DataError(f"contexts are numbered from 0, got {int(context.min())}")
         weights = (log_target - log_proposal).detach().double().cpu()
         if weights.isnan().any() or (weights == math.inf).any():
             raise DataError("weights of a partition function are NaN or infinite: score those samples again")
@@ -274,7 +289,8 @@ class FDpg:
     proposal: what completions are drawn from: "online" the policy itself, "offline" the best of its past, which the
     contest renews, "given" another one whose log-probabilities come with them. defence: a share of each group that the
     reference draws, rounded up: q is the mixture of both, whose weights P / q are bounded, so that the running Z does
-    not miss what the policy has left. Raises ConfigError for values out of range, and for a divergence that a
+    not miss what the policy has left. The metric target_share is the effective share of the weights P / (Z q), on which
+    Z and the heavy-tailed forward KL rest. Raises ConfigError for values out of range, and for a divergence that a
     constraint makes infinite.
     """
 
@@ -302,6 +318,7 @@ class FDpg:
             raise ConfigError(f"proposal is online, offline or given, not {self.proposal!r}")
         if not 0.0 <= self.defence < 1.0 or (self.defence and self.proposal == "given"):
             raise ConfigError(f"defence is a share in [0, 1) of what the job itself draws, got {self.defence}")
+        _check_ratio(self.max_ratio)
         outside = self.divergence.pseudo_reward(torch.tensor([math.inf]))
         if self.target == "constraint" and not outside.isfinite().all():
             raise ConfigError(
@@ -355,7 +372,8 @@ class FDpg:
         if self.proposal == "offline":
             self.contest.update(*(gather(x) for x in (log_target, log_policy, log_proposal, partition)))
         advantages = torch.where(partition > -math.inf, advantages, 0.0).to(batch["old_log_prob"].dtype)
-        return {**batch, "advantages": advantages, "log_proposal": log_proposal}
+        weight = torch.where(partition > -math.inf, log_target - log_proposal - partition, -math.inf)
+        return {**batch, "advantages": advantages, "log_proposal": log_proposal, "log_target_weight": weight}
 
     def _log_proposal(self, batch: Batch, log_policy: Tensor, group: int) -> Tensor:
         """log q [B]: what drew the completions, or its mixture with the reference."""
@@ -383,6 +401,10 @@ class FDpg:
         metrics = {"reward": (ratio * batch["rewards"]).float().mean(), "divergence": (ratio * gap).mean()}
         if self.needs_policy:
             metrics["effective_share"] = ratio.mean().square() / ratio.square().mean()
+        if "log_target_weight" in batch:  # what Z and the forward KL rest on
+            weight = batch["log_target_weight"]
+            weight = (weight - weight.max().clamp(min=-1e300)).exp()
+            metrics["target_share"] = weight.mean().square() / weight.square().mean().clamp(min=1e-300)
         return loss, metrics
 
     def state_dict(self) -> dict[str, Any]:
