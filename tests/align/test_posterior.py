@@ -303,6 +303,14 @@ def test_bad_input():
         PosteriorTarget(PRIOR, REWARD * math.nan, 0.5)
     with pytest.raises(ShapeError, match="one a sample"):
         elbo(PRIOR, UNIFORM[:2], REWARD, beta=0.5)
+    for bound in (elbo, eubo):
+        with pytest.raises(DataError, match="got none"):
+            bound(PRIOR[:0], UNIFORM[:0], REWARD[:0], beta=0.5)
+        for wrong in (math.nan, math.inf, -math.inf):
+            for size in (1, 4):
+                with pytest.raises(DataError, match="finite"):
+                    bound(PRIOR[:size], UNIFORM[:size], torch.full_like(REWARD[:size], wrong), beta=0.5)
+    assert elbo(PRIOR[:1], UNIFORM[:1], REWARD[:1], beta=0.5).standard_error == math.inf
     with pytest.raises(ConfigError, match="bound"):
         posterior_sample(table_problem(), 10, beta=0.5, generator=generator(0), method="rejection")
     with pytest.raises(DataError, match="above the bound"):

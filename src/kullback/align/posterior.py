@@ -108,14 +108,19 @@ def _evidence_terms(log_prior: Tensor, log_policy: Tensor, reward: Tensor, beta:
     if log_prior.shape != log_policy.shape or log_prior.shape != reward.shape or log_prior.ndim != 1:
         shapes = f"{tuple(log_prior.shape)}, {tuple(log_policy.shape)} and {tuple(reward.shape)}"
         raise ShapeError(f"prior, policy and rewards are one a sample, [n], got {shapes}")
-    if not len(reward) or not (reward / beta + log_prior - log_policy).isfinite().all():
-        raise DataError("a bound of the evidence needs a sample at least, and rewards and log-probabilities be finite")
-    return (reward / beta + log_prior - log_policy).detach().double()
+    return (reward.detach() / beta + log_prior.detach() - log_policy.detach()).double()
 
 
 def _mean(values: Tensor) -> Estimate:
-    mean = float(values.mean())
-    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    if not len(values):
+        raise DataError("a bound of the evidence needs a sample at least, got none")
+    if len(values) > 1:
+        variance, mean = (x.item() for x in torch.var_mean(values))
+        error = math.sqrt(variance / len(values)) if variance >= 0.0 else math.nan
+    else:
+        mean, error = values.item(), math.inf
+    if not math.isfinite(mean):
+        raise DataError("a bound of the evidence needs rewards and log-probabilities that are finite: score them again")
     return Estimate(mean, error, mean - 1.96 * error, mean + 1.96 * error)
 
 
