@@ -1,15 +1,15 @@
 """Rewards of tokens, a step of RL beside trl's, and the evidence of a far posterior. Writes rl_kl_bayes.json.
 
-One thread, medians of calls in turn. "shaped": token rewards of 64 completions of 512 and 2048 tokens, and the ELBO of
-the same, over a bare masked subtraction. "step": RLOO with the KL in the reward, 8 completions of each of 8 prompts, by
-AlignTrainer and by trl's RLOOTrainer on the same model and optimiser, some steps in turn: processor seconds of sampling,
-scoring, the reference, loss, gradient and update. trl computes the policy's log-probabilities in a pass of its own; ours
-come with the samples. "evidence": sequences of 16 tokens rewarded for the rarest one, with about as many calls of the
-prior for importance sampling and for annealing by moves of one token, whose laws are kept (one call each): "annealed" 80
-samples with 7 moves at 32 temperatures, "recycled" every state of 63 moves of 40 at 8, "tried" 92 samples with 10 moves
-at 32, of which the reward has seen 16 tokens before the model is called, and "suffixes" by suffixes drawn anew; mean
-squared errors of log Z over 20 runs, and the first over the best of the next three. Tenfold from a KL of 8 nats on was
-the aim.
+One thread, medians of calls in turn. "shaped": token rewards of 64 completions of 512 and 2048 tokens, and the ELBO
+of the same, over a bare masked subtraction. "step": RLOO with the KL in the reward, 8 completions of each of 8
+prompts, by AlignTrainer and by trl's RLOOTrainer on the same model and optimiser, some steps in turn: processor
+seconds of sampling, scoring, the reference, loss, gradient and update. trl computes the policy's log-probabilities in
+a pass of its own; ours come with the samples. "evidence": sequences of 16 tokens rewarded for the rarest one, with
+about as many calls of the prior for importance sampling and for annealing by moves of one token, whose laws are kept
+(one call each): "annealed" 80 samples with 7 moves at 32 temperatures, "recycled" every state of 63 moves of 40 at 8,
+"tried" 92 samples with 10 moves at 32, of which the reward has seen 16 tokens before the model is called, and
+"suffixes" by suffixes drawn anew; mean squared errors of log Z over 20 runs, and the first over the best of the next
+three. Tenfold from a KL of 8 nats on was the aim.
 """
 
 import json
