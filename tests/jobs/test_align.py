@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kullback.core.errors import ConfigError, DataError, RewardError, ShapeError
 from kullback.jobs import align as job
 from kullback.jobs._align_methods import method_names
+from kullback.jobs._align_rewards import EqualRewards
 from kullback.jobs._training import LoraSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -300,6 +301,14 @@ def test_constant_rewards_teach_nothing_and_hurt_nothing(adder, tmp_path):
     assert "the reward 1, which tells none from another" in notes[0]
     for name, tensor in load_file(adder / "model" / "model.safetensors").items():
         assert torch.equal(tensor, weights(run.path)[name]), name
+
+
+def test_equal_rewards_are_told_once():
+    told, same, other = [], torch.ones(4), torch.arange(4.0)
+    watch = EqualRewards(told.append)
+    for rewards in [same] * 6 + [other] + [same] * 6:
+        watch(rewards)
+    assert len(told) == 1
 
 
 @pytest.fixture

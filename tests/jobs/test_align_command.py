@@ -1,6 +1,8 @@
 """`kullback align` as it is typed, killed, and run by two processes."""
 
 import json
+import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +121,24 @@ def test_two_processes_have_the_loss_of_one(method, adder, tmp_path):
     lines = (one / "parts" / "aligned-0" / "events.jsonl").read_text().splitlines()
     for event, expected in zip(two, [e for e in map(json.loads, lines) if e["kind"] == "evaluation"], strict=True):
         assert event["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_goes_on(before, after, adder, tmp_path):
+    """With completions held for a second use, which are drawn anew."""
+    config = align_config(adder, method="ppo", options={"epochs": 2})
+    config = with_training(config, steps=3, save_every=3)
+    (tmp_path / "job.toml").write_text(to_toml(config))
+    launched("align", "--config", tmp_path / "job.toml", "--out", tmp_path / "run", processes=before)
+    part = tmp_path / "run" / "parts" / "aligned-0"
+    # As if it had been stopped there: a run of more steps, whose part is not done.
+    for place in (tmp_path / "run", part):
+        (place / "report.json").unlink()
+        (place / "run.toml").write_text((place / "run.toml").read_text().replace("steps = 3", "steps = 6"))
+    for place in (tmp_path / "run" / "model", part / "model"):
+        shutil.rmtree(place)
+    launched("align", "--resume", tmp_path / "run", processes=after)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert all(math.isfinite(value) for value in report["rows"][1].values() if isinstance(value, float))
+    assert sorted(path.name for path in (part / "ckpt").iterdir())[-1] == "step-00000006"

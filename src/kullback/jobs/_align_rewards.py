@@ -24,14 +24,15 @@ class EqualRewards:
     """Says so, once, when all completions of five batches in a row have had one and the same reward."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell, self.value, self.seen = tell, 0.0, 0
+        self.tell, self.value, self.seen, self.told = tell, 0.0, 0, False
 
     def __call__(self, rewards: Tensor) -> None:
         value = float(rewards[0])
         alike = len(rewards) > 1 and bool((rewards == value).all())
         self.seen = (self.seen + 1 if self.seen and value == self.value else 1) if alike else 0
         self.value = value
-        if self.seen == _IN_A_ROW:
+        if self.seen == _IN_A_ROW and not self.told:
+            self.told = True
             self.tell(
                 f"every completion of {_IN_A_ROW} batches in a row has the reward {value:g}, which tells none from "
                 "another: check the reward, or give easier or harder prompts"

@@ -113,7 +113,9 @@ class RunCheckpoints:
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
         if hasattr(self, "load_extra_state"):
             self.load_extra_state(load_state(Path(checkpoint), "extra"))
-        if hasattr(self, "load_process_state"):
+        # Of as many processes only: what one of another number has held is drawn anew.
+        same = len(list(Path(checkpoint).glob("process-*.json"))) == self.accelerator.num_processes
+        if hasattr(self, "load_process_state") and same:
             self.load_process_state(load_state(Path(checkpoint), f"process-{self.args.process_index}"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
