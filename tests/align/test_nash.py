@@ -264,6 +264,46 @@ def test_the_method_reaches_the_equilibrium_of_a_game_in_circles():
     assert kl(nash, logits.detach().log_softmax(0)).item() < 0.02
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: PreferenceGame(torch.zeros(0, 0), torch.zeros(0), 0.1), ShapeError, "preferences"),
+        (lambda: PreferenceGame(torch.zeros(0, 3, 3), torch.zeros(0, 3), 0.1), ShapeError, "preferences"),
+        (lambda: PreferenceGame(P.expand(2, 3, 3), REFERENCE.expand(3, 3), 0.1), ShapeError, "log_reference"),
+        (lambda: card_game().beats(torch.zeros(2)), ShapeError, "policies of this game"),
+        (lambda: proximal_step(card_game(), REFERENCE, REFERENCE, eta=-0.5), ConfigError, "eta"),
+        (lambda: proximal_step(card_game(), REFERENCE, REFERENCE, eta=math.nan), ConfigError, "eta"),
+        (lambda: proximal_step(card_game(), REFERENCE[:2], REFERENCE, eta=0.2), ShapeError, "policies"),
+        (
+            lambda: self_play(PreferenceGame(P.expand(2, 3, 3), REFERENCE, 0.1), 1, start=REFERENCE.expand(4, 3)),
+            DataError, "start from",
+        ),
+        (lambda: exploitability(card_game(), REFERENCE.exp()), DataError, "log_softmax"),
+        (lambda: exploitability(card_game(), REFERENCE * math.nan), DataError, "log_softmax"),
+        (lambda: exploitability(card_game(), REFERENCE[:2]), ShapeError, "policies"),
+        (lambda: span_seminorm(REFERENCE, REFERENCE[:2]), ShapeError, "alike"),
+        (lambda: span_seminorm(torch.tensor([0.0, -math.inf]), torch.tensor([0.0, -math.inf])), DataError, "NaN"),
+        (lambda: regularised_nash(card_game(), most=0), ConfigError, "most"),
+        (lambda: pair_preferences(torch.tensor([[0.0, math.nan]])), DataError, "1 rewards"),
+        (lambda: win_rates(torch.full((1, 1, 1), 0.5)), ShapeError, "two completions"),
+        (lambda: win_rates(torch.full((1, 2, 2), 1.5)), DataError, "chances"),
+        (lambda: online_ipo_loss(*[torch.ones(2, 1)] * 2, torch.full((2, 1, 1), 0.5), beta=0.1), ShapeError, "G >= 2"),
+        (lambda: online_ipo_loss(*[torch.ones(1, 2)] * 2, torch.full((1, 2, 2), math.nan), beta=1.0), DataError, "NaN"),
+        (lambda: nash_policy_gradient_loss(*[torch.full((1, 2), 2.0)] * 4, beta=0.1, eta=0.2), DataError, "chances"),
+        (lambda: nash_policy_gradient_loss(*[torch.ones(1, 2)] * 4, beta=math.inf, eta=0.2), ConfigError, "finite"),
+        (lambda: NashPolicy(beta=math.inf), ConfigError, "finite"),
+        (
+            lambda: NashPolicy(preferences="given").prepare(
+                {"rewards": torch.full((4,), 3.0)}, group=4, generator=generator(0)
+            ), DataError, "chances",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 def test_bad_input():
     with pytest.raises(DataError, match="both orders"):
         PreferenceGame(torch.full((2, 2), 0.7), torch.zeros(2), 0.1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kullback.align.unlikelihood import repeated_tokens, unlikelihood_loss
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.rng import generator
 
 IDS = torch.tensor([[1, 2, 3, 1, 2, 3, 4], [0, 0, 0, 0, 4, 1, 2]])
@@ -63,6 +63,10 @@ def test_a_certain_repetition_is_finite():
 def test_bad_input():
     with pytest.raises(ShapeError, match="logits"):
         unlikelihood_loss(logits(), IDS[:, :3])
+    with pytest.raises(DataError, match="from 0 to 4"):
+        unlikelihood_loss(logits(), IDS + 1)
+    with pytest.raises(DataError, match="NaN"):
+        unlikelihood_loss(logits() * math.nan, IDS)
     with pytest.raises(ConfigError, match="candidates"):
         unlikelihood_loss(logits(), IDS, candidates="all")
     with pytest.raises(ConfigError, match="n-grams"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -51,6 +51,12 @@ class SequenceMatchSettings:
     squared: SquaredTargets | None = None
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.noise < 1.0 or not 0.0 <= self.nll_share <= 1.0:
+            raise ConfigError(f"noise lies in [0, 1) and nll_share in [0, 1], got {self.noise} and {self.nll_share}")
+        if not self.alpha > 0.0 or not 0.0 < self.gamma <= 1.0:
+            raise ConfigError(f"alpha is positive and gamma lies in (0, 1], got {self.alpha} and {self.gamma}")
+        if self.divergence not in get_args(Divergence) or self.terminal not in ("zero", "absorbing"):
+            raise ConfigError(f"there is no divergence {self.divergence!r} with terminal {self.terminal!r}")
         if min(self.refresh_every, self.samples, self.length) < 1 or self.kept < self.samples:
             raise ConfigError("refresh_every, samples and length are 1 or more, and kept is at least samples")
         if self.terminal == "absorbing" and self.end is None:

@@ -58,7 +58,8 @@ class PreferenceGame:
 
     def __post_init__(self) -> None:
         p, reference = self.preferences, self.log_reference
-        if p.ndim < 2 or p.shape[-1] != p.shape[-2] or reference.shape[-1:] != p.shape[-1:]:
+        square = p.ndim >= 2 and p.numel() > 0 and p.shape[-1] == p.shape[-2]
+        if not square or _together(p.shape[:-1], reference.shape) is None:
             shapes = f"{tuple(p.shape)} and {tuple(reference.shape)}"
             raise ShapeError(f"preferences are [..., Y, Y] and log_reference [..., Y], got {shapes}")
         if not ((p >= 0) & (p <= 1)).all():
@@ -72,7 +73,10 @@ class PreferenceGame:
             raise ConfigError(f"beta is positive and finite, not {self.beta}")
 
     def beats(self, log_opponent: Tensor) -> Tensor:
-        """P(y > mu) of every answer y [..., Y] against a policy mu [..., Y]."""
+        """P(y > mu) of every answer y [..., Y] against a policy mu [..., Y]; ShapeError for other answers."""
+        if _together(self.preferences.shape[:-1], log_opponent.shape) is None:
+            size = self.preferences.shape[-1]
+            raise ShapeError(f"policies of this game are [..., {size}], got {tuple(log_opponent.shape)}")
         return (self.preferences @ log_opponent.exp().unsqueeze(-1)).squeeze(-1)
 
     def payoff(self, log_policy: Tensor, log_opponent: Tensor) -> Tensor:
@@ -85,13 +89,27 @@ class PreferenceGame:
         return self.log_reference.log_softmax(-1).expand_as(like)
 
 
+def _together(first: torch.Size, second: torch.Size) -> torch.Size | None:
+    """The common shape of [..., Y] and [..., Y], None where there is none."""
+    if first[-1:] != second[-1:]:
+        return None
+    try:
+        return torch.broadcast_shapes(first, second)
+    except RuntimeError:
+        return None
+
+
 def proximal_step(game: PreferenceGame, log_opponent: Tensor, log_anchor: Tensor, *, eta: float) -> Tensor:
     """prox(mu, nu): the best answer to the opponent mu that stays near the anchor nu; [..., Y] to [..., Y].
+
+    Raises ConfigError for a step eta that is not positive, ShapeError.
 
     >>> game = PreferenceGame(torch.tensor([[0.5, 0.9], [0.1, 0.5]]), torch.tensor([0.5, 0.5]).log(), 1.0)
     >>> proximal_step(game, game.log_reference, game.log_reference, eta=2.0).exp()
     tensor([0.5663, 0.4337])
     """
+    if not 0.0 < eta < math.inf:
+        raise ConfigError(f"eta is positive and finite, got {eta}")
     logits = log_anchor + eta * game.log_reference + (eta / game.beta) * game.beats(log_opponent)
     return (logits / (1.0 + eta)).log_softmax(-1)
 
@@ -188,25 +206,35 @@ def nash_mirror_descent(
 def _start(game: PreferenceGame, start: Tensor | None) -> Tensor:
     shape = game.preferences.shape[:-1]
     first = game.log_reference if start is None else start
-    if start is not None and (start.shape[-1:] != shape[-1:] or not start.isfinite().all()):
+    if _together(shape, first.shape) is None or not first.isfinite().all():
         raise DataError(f"a policy to start from is [..., {shape[-1]}] and gives every answer some probability")
     return first.log_softmax(-1).expand(torch.broadcast_shapes(shape, first.shape)).clone()
 
 
 def exploitability(game: PreferenceGame, log_policy: Tensor) -> Tensor:
-    """How much the best answer to a policy [..., Y] is paid over 1/2: [...], 0 at the equilibrium and there alone."""
+    """How much the best answer to a policy [..., Y] is paid over 1/2: [...], 0 at the equilibrium and there alone.
+
+    Raises ShapeError, and DataError unless log_policy holds log-probabilities, which a log_softmax makes.
+    """
+    beats = game.beats(log_policy)
+    if not (log_policy.logsumexp(-1).abs() < 1e-2).all():
+        raise DataError("a policy is given by log-probabilities, whose exponentials add up to 1: take its log_softmax")
     reference = game._reference(log_policy)
-    best = game.beta * (reference + game.beats(log_policy) / game.beta).logsumexp(-1)
+    best = game.beta * (reference + beats / game.beta).logsumexp(-1)
     return (best + game.beta * kl(log_policy, reference) - 0.5).clamp(min=0.0)
 
 
 def span_seminorm(first: Tensor, second: Tensor) -> Tensor:
-    """max - min of log a - log b, [..., Y] to [...]: 0 where the policies are one.
+    """max - min of log a - log b, [..., Y] to [...]: 0 where both are one. Raises ShapeError, DataError for NaN.
 
     >>> span_seminorm(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.8, 0.2]).log())
     tensor(1.3863)
     """
+    if not first.ndim or _together(first.shape, second.shape) is None:
+        raise ShapeError(f"two policies are [..., Y] alike, got {tuple(first.shape)} and {tuple(second.shape)}")
     gap = first - second
+    if gap.isnan().any():
+        raise DataError("a policy is NaN, or both give some answer no probability: leave such answers out")
     return gap.amax(-1) - gap.amin(-1)
 
 
@@ -216,6 +244,8 @@ def regularised_nash(game: PreferenceGame, *, tolerance: float = 1e-12, most: in
     With P = 1/2 + a skew matrix the Jacobian I - P (diag pi - pi pi^T) / b is never singular. tolerance: of the largest
     residual of log pi = log ref + P pi / b + const. Raises DataError when it is not reached in `most` Newton steps.
     """
+    if not tolerance >= 0.0 or most < 1:
+        raise ConfigError(f"tolerance is 0 or more and most 1 or more, got {tolerance} and {most}")
     exact = PreferenceGame(game.preferences.double(), game.log_reference.double(), game.beta)
     logits = nash_mirror_prox(exact, min(2000, 50 + round(2.0 / game.beta)))
     identity = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)

@@ -25,6 +25,7 @@ completion's mean chance to be preferred to the others. Sources: arXiv 2505.1973
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,7 +36,7 @@ from torch import Tensor
 from kullback.align.log_probs import sequence_log_probs
 from kullback.align.methods import Batch
 from kullback.align.policy_gradient import leave_one_out_baseline
-from kullback.core.errors import ConfigError, RewardError, ShapeError
+from kullback.core.errors import ConfigError, DataError, RewardError, ShapeError
 
 __all__ = [
     "NashPolicy",
@@ -53,10 +54,14 @@ Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
 def pair_preferences(rewards: Tensor, *, rule: Literal["bradley-terry", "compare"] = "bradley-terry") -> Tensor:
     """The chance [P, G, G] that a prompt's completion is preferred to another, from rewards [P, G].
 
-    "bradley-terry": sigmoid of the difference; "compare": 1 for the larger, 1/2 for a tie.
+    "bradley-terry": sigmoid of the difference; "compare": 1 for the larger, 1/2 for a tie. Raises ShapeError,
+    ConfigError, DataError for rewards that are not finite.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ShapeError(f"rewards are [prompts, group], two completions or more each, got {tuple(rewards.shape)}")
+    if not rewards.isfinite().all():
+        bad = int((~rewards.isfinite()).sum())
+        raise DataError(f"{bad} rewards are NaN or infinite: score them again or drop them")
     gap = rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
     if rule == "bradley-terry":
         return gap.sigmoid()
@@ -68,10 +73,21 @@ def pair_preferences(rewards: Tensor, *, rule: Literal["bradley-terry", "compare
 def win_rates(preferences: Tensor) -> Tensor:
     """Each completion's mean chance to be preferred to the others, from preferences [P, G, G]; [P, G].
 
+    Raises ShapeError, DataError for preferences outside [0, 1].
+
     >>> win_rates(pair_preferences(torch.tensor([[1.0, 0.0, 0.0]]), rule="compare"))
     tensor([[1.0000, 0.2500, 0.2500]])
     """
+    shape = preferences.shape
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] < 2:
+        raise ShapeError(f"preferences are [prompts, group, group], two completions or more each, got {tuple(shape)}")
+    _check_chances(preferences)
     return (preferences.sum(-1) - preferences.diagonal(dim1=-2, dim2=-1)) / (preferences.shape[-1] - 1)
+
+
+def _check_chances(preferences: Tensor) -> None:
+    if not ((preferences >= 0.0) & (preferences <= 1.0)).all():
+        raise DataError("preferences are chances in [0, 1], and some lie outside or are NaN")
 
 
 def judged(judge: Judge, *, both_orders: bool = True) -> Callable[..., Tensor]:
@@ -150,13 +166,15 @@ def nash_policy_gradient_loss(
     """The surrogate [] whose gradient climbs P(pi > mu) - b KL(pi, ref) - (b / eta) KL(pi, nu); all [P, G].
 
     preference: P(y > mu) of each completion, drawn from the policy; eta may be infinite, for no anchor. baseline "loo":
-    the mean of the other completions of the prompt. count: what the sum is divided by, P G by default.
+    the mean of the other completions of the prompt. count: what the sum is divided by, P G by default. Raises
+    ShapeError, ConfigError, DataError for preferences outside [0, 1].
     """
     shapes = {tuple(x.shape) for x in (reference_log_prob, anchor_log_prob, log_prob, preference)}
     if len(shapes) != 1 or log_prob.ndim != 2 or not log_prob.numel():
         raise ShapeError(f"log-probabilities and preferences are [prompts, group] alike, got {sorted(shapes)}")
-    if not beta > 0.0 or not eta > 0.0:
-        raise ConfigError(f"beta and eta are positive, got {beta} and {eta}")
+    if not 0.0 < beta < math.inf or not eta > 0.0:
+        raise ConfigError(f"beta is positive and finite, and eta positive, got {beta} and {eta}")
+    _check_chances(preference)
     fixed = log_prob.detach()
     reward = preference - 0.5 - beta * (fixed - reference_log_prob) - (beta / eta) * (fixed - anchor_log_prob)
     if baseline == "loo":
@@ -177,17 +195,20 @@ def online_ipo_loss(
     """Online IPO []: the mean over pairs of a prompt's completions of (h_i - h_j - (P_ij - 1/2) / b)^2.
 
     h is log pi / ref [P, G], preferences [P, G, G]; it is the mean of IPO's loss over labels drawn from P, up to a
-    constant. count: what the sum over completions is divided by.
+    constant. count: what the sum over completions is divided by. Raises ShapeError, ConfigError, DataError for
+    preferences outside [0, 1].
     """
-    if not beta > 0.0:
-        raise ConfigError(f"beta is positive, got {beta}")
-    if preferences.shape != (*log_prob.shape, log_prob.shape[-1]) or reference_log_prob.shape != log_prob.shape:
+    if not 0.0 < beta < math.inf:
+        raise ConfigError(f"beta is positive and finite, got {beta}")
+    group = log_prob.shape[-1] if log_prob.ndim == 2 else 0
+    if group < 2 or preferences.shape != (*log_prob.shape, group) or reference_log_prob.shape != log_prob.shape:
         shapes = f"{tuple(log_prob.shape)}, {tuple(reference_log_prob.shape)}, {tuple(preferences.shape)}"
-        raise ShapeError(f"log-probabilities are [P, G] and preferences [P, G, G], got {shapes}")
+        raise ShapeError(f"log-probabilities are [P, G] with G >= 2 and preferences [P, G, G], got {shapes}")
+    _check_chances(preferences)
     ratio = log_prob - reference_log_prob
     gap = ratio.unsqueeze(-1) - ratio.unsqueeze(-2) - (preferences - 0.5) / beta
     off = 1.0 - torch.eye(ratio.shape[-1], dtype=gap.dtype, device=gap.device)
-    per_completion = (off * gap.square()).sum(-1) / max(ratio.shape[-1] - 1, 1)
+    per_completion = (off * gap.square()).sum(-1) / (group - 1)
     return per_completion.sum() / (log_prob.numel() if count is None else count)
 
 
@@ -212,8 +233,8 @@ class NashPolicy:
     anchor_every: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        if not self.beta > 0.0 or (self.eta is not None and not self.eta > 0.0):
-            raise ConfigError(f"beta and eta are positive, got {self.beta} and {self.eta}")
+        if not 0.0 < self.beta < math.inf or (self.eta is not None and not self.eta > 0.0):
+            raise ConfigError(f"beta is positive and finite, and eta positive, got {self.beta} and {self.eta}")
         if not 0.0 <= self.decay < 1.0 or not 0.0 <= self.mixture <= 1.0 or self.inner < 1:
             given = f"{self.decay}, {self.mixture} and {self.inner}"
             raise ConfigError(f"decay lies in [0, 1), mixture in [0, 1], inner is 1 or more, got {given}")
@@ -244,9 +265,12 @@ class NashPolicy:
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
         """Adds advantages [B], or for "ipo" the preferences [B, G] of each completion to those of its prompt.
 
-        Completions of another policy are there to be compared with, and no longer in what is returned.
+        Completions of another policy are there to be compared with, and no longer in what is returned. Raises DataError
+        for rewards that are not finite, or no win rates where they are "given".
         """
         rates = batch["rewards"].view(-1, group)
+        if self.preferences == "given":
+            _check_chances(rates)
         others = self.opponents(group)
         if others:
             own = ~batch["opponent"]

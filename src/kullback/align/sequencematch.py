@@ -109,9 +109,9 @@ def transition_rewards(
 
     terminal: what follows a row's last action, "zero", "bootstrap" or "absorbing", which takes the value end_value [].
     end: the action that ends a text; rows that do not end with it are cut, and bootstrap. None: all rows are alike.
-    Raises ShapeError, ConfigError, DataError for an action without a logit.
+    Raises ShapeError, ConfigError, DataError for an action without a logit and for logits that are not finite.
     """
-    _check_transitions(logits, layout, gamma, terminal, end, end_value)
+    _check_transitions(logits, layout, backspace, gamma, terminal, end, end_value)
     held = layout.held
     places = layout.state_index * logits.shape[-1] + layout.actions.clamp(min=0)
     chosen, values = _ChosenAndValues.apply(logits, places, backspace)  # type: ignore[no-untyped-call]
@@ -127,6 +127,8 @@ def transition_rewards(
     following = gamma * after
     parts = [torch.where(held, x, 0.0) for x in (chosen - value, value, following, chosen - following)]
     found = _Transitions(parts[0], parts[1], parts[2], parts[3], weight)
+    if not (found.log_prob.isfinite() & found.reward.isfinite()).all():
+        raise DataError("logits are NaN or infinite where an action is taken: it must be one that the model can take")
     if end_value is None:
         return found
     for_ever = torch.where(ended, gamma ** count.to(values.dtype) / (1.0 - gamma), 0.0)
@@ -136,13 +138,18 @@ def transition_rewards(
 
 
 def _check_transitions(
-    logits: Tensor, layout: Layout, gamma: float, terminal: str, end: int | None, end_value: Tensor | None
-) -> None:
+    logits: Tensor, layout: Layout, backspace: int, gamma: float, terminal: str, end: int | None,
+    end_value: Tensor | None,
+) -> None:  # fmt: skip
     if logits.ndim != 3 or logits.shape[:2] != layout.input_ids.shape:
         shapes = f"{tuple(logits.shape)} and {tuple(layout.input_ids.shape)}"
         raise ShapeError(f"logits are [B, T, V] over the stream of the layout, got {shapes}")
     if int(layout.actions.max()) >= logits.shape[-1]:
         raise DataError(f"action {int(layout.actions.max())} is none of the {logits.shape[-1]} that have logits")
+    if backspace != layout.backspace or backspace >= logits.shape[-1]:
+        raise ConfigError(
+            f"the backspace is {backspace} here, {layout.backspace} in the layout, of {logits.shape[-1]} actions"
+        )
     if not 0.0 < gamma <= 1.0:
         raise ConfigError(f"gamma lies in (0, 1], got {gamma}")
     if terminal not in ("zero", "bootstrap", "absorbing"):

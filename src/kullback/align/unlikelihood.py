@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kullback.core.errors import ConfigError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.reduce import masked_mean
 
 __all__ = ["repeated_tokens", "unlikelihood_loss"]
@@ -32,7 +32,7 @@ def unlikelihood_loss(
 ) -> Tensor:
     """The mean over tokens [] of the unlikelihood of their candidates; n: of the n-grams of "sequences".
 
-    Raises ShapeError, ConfigError.
+    Raises ShapeError, ConfigError, DataError for ids without a logit and for logits that are NaN.
 
     >>> logits = torch.zeros(1, 2, 2)  # of two tokens, each with 1/2; the first is a candidate at the second place
     >>> round(unlikelihood_loss(logits, torch.tensor([[0, 1]])).item() * 2, 4)
@@ -42,8 +42,12 @@ def unlikelihood_loss(
         raise ShapeError(f"logits are [B, T, V] for ids [B, T], got {tuple(logits.shape)} and {tuple(ids.shape)}")
     if candidates not in ("tokens", "sequences"):
         raise ConfigError(f"candidates is tokens or sequences, not {candidates!r}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[-1]:
+        raise DataError(f"ids lie from 0 to {logits.shape[-1] - 1}, as logits do, got {int(ids.max())}")
     held = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     probs = logits.float().softmax(-1)
+    if probs.isnan().any():
+        raise DataError("logits are NaN, or infinite beyond what a softmax takes")
     if candidates == "sequences":
         chosen = probs.gather(2, ids.unsqueeze(2)).squeeze(2)
         terms = torch.where(repeated_tokens(ids, held, n=n), _unlikely(chosen), 0.0)

@@ -38,7 +38,8 @@ class Layout:
     """input_ids and position_ids [B, T] of the stream, and last [B, T]: the last place that sees each.
 
     actions [B, A], PAD where a row has ended; state_index, next_index [B, A]: the stream's place of the state before
-    and after each action; weight [B, A]: of each action in a loss, 0 for padding; depth [B, A]: visible tokens before.
+    and after each action; weight [B, A]: of each action in a loss, 0 for padding; depth [B, A]: visible tokens before;
+    backspace: the action that deletes.
     """
 
     input_ids: Tensor
@@ -49,6 +50,7 @@ class Layout:
     next_index: Tensor
     weight: Tensor
     depth: Tensor
+    backspace: int
 
     @property
     def held(self) -> Tensor:
@@ -65,17 +67,15 @@ class Layout:
 def backspace_layout(actions: Tensor, *, backspace: int, begin: int, weights: Tensor | None = None) -> Layout:
     """The layout of actions [B, A], padded with -100 on the right; weights [B, A], 1 by default.
 
-    Raises ShapeError, and DataError for a backspace where nothing is visible, padding inside a row, or negative ids.
+    Raises ShapeError, ConfigError for a backspace that is the begin token, and DataError for a backspace where nothing
+    is visible, a row without an action, padding inside a row, ids or weights that are negative or not finite.
 
     >>> layout = backspace_layout(torch.tensor([[5, 6, 9, 7]]), backspace=9, begin=0)
     >>> layout.input_ids, layout.state_index, layout.next_index
     (tensor([[0, 5, 6, 7]]), tensor([[0, 1, 2, 1]]), tensor([[1, 2, 1, 3]]))
     """
-    if actions.ndim != 2 or not actions.shape[1] or (weights is not None and weights.shape != actions.shape):
-        raise ShapeError(f"actions are [B, A] with an action at least, and weights alike, got {tuple(actions.shape)}")
+    _check_layout(actions, backspace, begin, weights)
     held = actions != PAD
-    if (held[:, 1:] & ~held[:, :-1]).any() or (actions[held] < 0).any():
-        raise DataError("actions are token ids from 0 on, with -100 for padding at the end of a row only")
     deletes = actions == backspace
     appends = held & ~deletes
     depth = (appends.long() - deletes.long()).cumsum(1)
@@ -94,7 +94,22 @@ def backspace_layout(actions: Tensor, *, backspace: int, begin: int, weights: Te
     rows, times = deletes.nonzero(as_tuple=True)
     last[rows, before[rows, times]] = appended[rows, times]
     weight = held.float() if weights is None else torch.where(held, weights, 0.0)
-    return Layout(ids, positions, last, actions, before, after, weight, depth_before)
+    return Layout(ids, positions, last, actions, before, after, weight, depth_before, backspace)
+
+
+def _check_layout(actions: Tensor, backspace: int, begin: int, weights: Tensor | None) -> None:
+    if actions.ndim != 2 or 0 in actions.shape or (weights is not None and weights.shape != actions.shape):
+        raise ShapeError(f"actions are [B, A] with an action at least, and weights alike, got {tuple(actions.shape)}")
+    if backspace < 0 or begin < 0 or backspace == begin:
+        raise ConfigError(f"backspace and begin are two ids from 0 on, got {backspace} and {begin}")
+    held = actions != PAD
+    whole = not actions.is_floating_point() and bool(held[:, 0].all())
+    if not whole or (held[:, 1:] & ~held[:, :-1]).any() or (actions[held] < 0).any():
+        raise DataError(
+            "each row of actions has token ids from 0 on, one or more, and -100 for padding at its end only"
+        )
+    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
+        raise DataError("weights of actions are finite and not negative")
 
 
 def _latest_at_depth(depth: Tensor, places: Tensor) -> Tensor:
@@ -129,7 +144,7 @@ def block_mask(layout: Layout) -> Any:
 
 
 def visible_text(actions: Tensor, *, backspace: int) -> list[list[int]]:
-    """The tokens that are visible at the end of each row of actions [B, A], replayed on a stack.
+    """The tokens that are visible at the end of each row of actions [B, A], replayed on a stack; DataError as above.
 
     >>> visible_text(torch.tensor([[5, 6, 9, 7]]), backspace=9)
     [[5, 7]]
@@ -138,6 +153,8 @@ def visible_text(actions: Tensor, *, backspace: int) -> list[list[int]]:
     for row in actions.tolist():
         stack: list[int] = []
         for action in row:
+            if action == backspace and not stack:
+                raise DataError("a backspace where nothing is visible: remove it, or mask the action there")
             if action == backspace:
                 stack.pop()
             elif action != PAD:
@@ -160,15 +177,25 @@ def inject_noise(
 
     mask_noise: the wrong token itself has weight 0, so that a model learns to delete it and not to write it; exclude:
     from (ids, proposed) both [B, L] to those proposals [B, L] that could be right, at which nothing is inserted.
-    Raises ConfigError for a share outside [0, 1) or a vocabulary without another token.
+    Raises ConfigError for a share outside [0, 1), a vocabulary without another token or with the backspace; ShapeError,
+    DataError for ids outside the vocabulary.
     """
     if not 0.0 <= share < 1.0 or vocabulary < 2:
         raise ConfigError(f"share lies in [0, 1) and the vocabulary has two tokens at least: {share}, {vocabulary}")
+    if 0 <= backspace < vocabulary:
+        raise ConfigError(f"the backspace, {backspace}, is none of the {vocabulary} tokens that texts are made of")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ShapeError(f"ids are [B, L] with a token at least, got {tuple(ids.shape)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise DataError(f"ids lie from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
     chosen = torch.rand(ids.shape, generator=generator, device=ids.device) < share
     shift = torch.randint(1, vocabulary, ids.shape, generator=generator, device=ids.device)
     wrong = (ids + shift) % vocabulary  # never the token itself
     if exclude is not None:
-        chosen &= ~exclude(ids, wrong)
+        excluded = exclude(ids, wrong)
+        if excluded.shape != ids.shape:
+            raise ShapeError(f"exclude gives a bool for each of {tuple(ids.shape)}, got {tuple(excluded.shape)}")
+        chosen &= ~excluded.bool()
     width = ids.shape[1] + 2 * int(chosen.sum(1).max())
     at = torch.arange(ids.shape[1], device=ids.device) + 2 * chosen.long().cumsum(1)
     actions = torch.full((len(ids), width), PAD, device=ids.device)
@@ -205,13 +232,17 @@ def generate_with_backspace(
     the key-value cache and are masked. prompts [rows, P]: follow the begin token, and are never deleted; processor:
     from the visible text [n, L] (begin, prompt and what is written) and logits [n, V] to logits, as transformers'
     LogitsProcessor; replace: from tokens [n] that are to be appended to those that are, as a noisy channel would.
-    Raises ConfigError, ShapeError.
+    Raises ConfigError, ShapeError, DataError for a prompt with a backspace and for a state without an action.
     """
     if rows < 1 or length < 1 or most_actions < length:
         given = f"{rows}, {length} and {most_actions}"
         raise ConfigError(f"rows and length are 1 or more and most_actions is at least length, got {given}")
+    if backspace in (begin, end):
+        raise ConfigError(f"the backspace is neither the begin token nor the end, got {backspace} for both")
     if prompts is not None and (prompts.ndim != 2 or len(prompts) != rows):
         raise ShapeError(f"prompts are [rows, P] for {rows} rows, got {tuple(prompts.shape)}")
+    if prompts is not None and (prompts == backspace).any():
+        raise DataError("a prompt is text that stands, and holds a backspace: replay it first, by visible_text")
     parameter, training = next(model.parameters()), model.training
     start = torch.full((rows, 1), begin, device=parameter.device)
     if prompts is not None:
@@ -232,6 +263,8 @@ def _generate(
     everyone, depth = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     out = model(input_ids=start, use_cache=True)
     logits = out.logits[:, -1].float()
+    if not 0 <= backspace < logits.shape[-1]:
+        raise ConfigError(f"the backspace, {backspace}, is none of the model's {logits.shape[-1]} actions")
     stack = logits.new_zeros(rows, length + 1, logits.shape[-1])  # the logits of each visible state
     stack[:, 0] = logits
     seen = torch.ones_like(start)
@@ -243,10 +276,15 @@ def _generate(
         if processor is not None:
             current = _processed(processor, text, depth + given, current)
         current[depth == 0, backspace] = -torch.inf
-        action = torch.multinomial(current.softmax(-1), 1, generator=generator).squeeze(1)
+        law = current.softmax(-1)
+        if law.isnan().any():
+            raise DataError("a state has no action left, or logits that are NaN: look at the model and the processor")
+        action = torch.multinomial(law, 1, generator=generator).squeeze(1)
         delete = (action == backspace) & ~done
         if replace is not None:
             action = torch.where(delete, action, replace(action))
+            if ((action == backspace) & ~delete & ~done).any():
+                raise DataError("replace gives tokens for tokens, and gave a backspace")
         actions.append(torch.where(done, PAD, action))
         seen[everyone[delete], where[everyone[delete], depth[delete]]] = 0
         append = ~delete & ~done
@@ -276,5 +314,9 @@ def _processed(
     found = logits.clone()
     for size in sizes.unique().tolist():
         rows = (sizes == size).nonzero().squeeze(1)
-        found[rows] = processor(text[rows, :size], logits[rows])
+        new = processor(text[rows, :size], logits[rows])
+        if new.shape != (len(rows), logits.shape[1]):
+            given = tuple(found[rows].shape)
+            raise ShapeError(f"a processor keeps the shape of logits {given}, got {tuple(new.shape)}")
+        found[rows] = new
     return found
