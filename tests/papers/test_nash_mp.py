@@ -1,9 +1,18 @@
 """The parts of the Nash reproduction, and one seed in small."""
 
+import numpy as np
 import pytest
 import torch
 
+from kullback.align.nash import (
+    PreferenceGame,
+    nash_mirror_descent,
+    nash_mirror_prox,
+    regularised_nash,
+    self_play,
+)
 from kullback.core.runs import Run
+from kullback.divergences import kl
 from kullback.papers.nash_mp import reproduce as paper
 
 
@@ -14,6 +23,23 @@ def test_answers_beat_each_other_in_a_circle():
     sums = paper.WORLD.sequences().sum(1) % 3
     rates = [preferences[sums == kind][:, sums == (kind + 1) % 3].unique().tolist() for kind in range(3)]
     assert rates == [[0.9], [0.8], [0.8]]
+
+
+@pytest.mark.parametrize(
+    ("size", "ends"), [(10, (1.396, 1.098, 1.194)), (100, (0.093, 0.181, 0.325))]
+)
+def test_the_games_of_the_pilot(size, ends):
+    """Other draws from the same law: there self-play stays where the card says, 1.10 to 1.40 and 0.09 to 0.32."""
+    for seed, end in enumerate(ends):
+        draw = np.random.default_rng(seed)
+        logits = 3.0 * draw.standard_normal((size, size))
+        preferences = torch.from_numpy((logits - logits.T) / 2**0.5).sigmoid()
+        game = PreferenceGame(preferences, torch.from_numpy(draw.dirichlet(np.ones(size))).log(), paper.BETA)
+        nash = regularised_nash(game)
+        assert kl(nash, self_play(game, paper.QUERIES)).item() == pytest.approx(end, abs=1e-3)
+        assert kl(nash, nash_mirror_prox(game, paper.QUERIES // 2)).item() <= 2e-9
+        descents = [kl(nash, nash_mirror_descent(game, paper.QUERIES, eta=eta)).item() for eta in paper.DESCENT_ETAS]
+        assert min(descents) >= 2e-5
 
 
 @pytest.mark.reproduce
