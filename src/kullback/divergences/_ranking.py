@@ -53,11 +53,8 @@ def check_picks(order: Tensor, weights: Tensor, classes: int) -> None:
     """Raise ShapeError or DataError unless order [..., K] holds classes and weights broadcast to it, 0 or more."""
     if order.is_floating_point() or order.dtype == torch.bool:
         raise ShapeError(f"a ranking holds class indices, got {order.dtype}")
-    try:
-        fits = torch.broadcast_shapes(weights.shape, order.shape) == order.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    pairs = zip(reversed(weights.shape), reversed(order.shape), strict=False)
+    if weights.ndim > order.ndim or any(own not in (1, wanted) for own, wanted in pairs):
         raise ShapeError(f"weights by rank broadcast to the ranking {tuple(order.shape)}, got {tuple(weights.shape)}")
     if order.numel() and not 0 <= int(order.min()) <= int(order.max()) < classes:
         raise DataError(f"a ranking of {classes} classes holds indices in 0..{classes - 1}, and this one others")

@@ -246,11 +246,8 @@ def _scaled(x: Tensor, sigma: float | Tensor) -> Tensor:
     width = torch.as_tensor(sigma)
     if not bool(((width > 0.0) & width.isfinite()).all()):
         raise ConfigError(f"a bandwidth is a finite length above 0, got {sigma}")
-    try:
-        fits = torch.broadcast_shapes(width.shape, x.shape) == x.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    pairs = zip(reversed(width.shape), reversed(x.shape), strict=False)
+    if width.ndim > x.ndim or any(own not in (1, wanted) for own, wanted in pairs):
         raise ShapeError(f"bandwidths broadcast against points {tuple(x.shape)}, got {tuple(width.shape)}")
     return x / sigma
 
