@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from kullback.align._hf_reference import LocalReference, check_reference, check_temperatures
 from kullback.align.compared import TeacherStates, compared_completions, compared_from_hidden, teacher_states
-from kullback.align.kdrl import Kdrl, exact_kd_terms, kd_terms, kdrl_loss, reverse_kl_top_k
+from kullback.align.grpo import Grpo
+from kullback.align.kdrl import BetaSchedule, Kdrl, exact_kd_terms, kd_terms, kdrl_loss, reverse_kl_top_k
 from kullback.align.log_probs import completion_log_probs
 from kullback.align.worlds import TabularPolicy, World
 from kullback.core.errors import ConfigError, DataError, ShapeError
@@ -246,10 +247,28 @@ def test_masks_are_means_over_the_whole_step():
     assert abs(alone - expected) > 1e-3
     # Two processes of a micro-batch each: the sum over processes is what both have.
     both = sum(torch.stack([p["heard"].sum(), p["completion_mask"].sum()]).double() for p in parts)
-    settled = [method.settle([p], total=lambda counts: both)[0] for p in parts]
-    for found in (settled, method.settle(parts, total=lambda counts: counts)):
+    settled = [method.settle([p], step=0, total=lambda counts: both)[0] for p in parts]
+    for found in (settled, method.settle(parts, step=0, total=lambda counts: counts)):
         together = sum(method.loss(p["old_log_prob"], p, count=count)[1]["distillation"] for p in found)
         torch.testing.assert_close(together, expected)
+
+
+def test_weights_are_those_of_the_optimiser_step_even_where_completions_serve_for_several():
+    draws = stream(8)
+    student, teacher = -torch.rand(2, 4, 3, generator=draws, dtype=torch.float64)
+    given = {"completion_mask": torch.ones(4, 3), "old_log_prob": student - 0.1, "reference_log_prob": teacher}
+    given |= {"rewards": torch.tensor([1.0, 0, 0, 1]), "step": torch.tensor(4)}
+    schedule = BetaSchedule(kind="switch", start=0.3, end=0.0, steps=5)
+    method = Kdrl(schedule=schedule, reward_from=5, policy=Grpo(epochs=2))
+    drawn = method.prepare(given, group=4, generator=stream(0))
+    told = []
+    for step in (4, 5):
+        (batch,) = method.settle([drawn], step=step, total=lambda counts: counts)
+        told.append(method.loss(student, batch, count=12.0)[1])
+    assert [metrics["beta"].item() for metrics in told] == [pytest.approx(0.3), 0.0]
+    assert told[0]["policy"] == 0.0
+    assert told[1]["policy"] != 0.0
+    assert told[1]["ratio"].item() == pytest.approx(math.exp(0.1))
 
 
 def test_what_cannot_work_is_said():

@@ -1,6 +1,7 @@
 """Alignment: losses and policy gradients that bring a language model to preferences, rewards and targets."""
 
 from kullback.align.calibration import ece_gap_bound, preference_ece
+from kullback.align.compared import TeacherStates, compared_completions, teacher_states
 from kullback.align.difficulty import (
     DifficultyFilter,
     PassRateTracker,
@@ -42,7 +43,15 @@ from kullback.align.implicit import (
     phi_transform,
     prefix_values,
 )
-from kullback.align.kdrl import BetaSchedule, Kdrl, kd_mask, kd_terms, kdrl_loss, reverse_kl_top_k
+from kullback.align.kdrl import (
+    BetaSchedule,
+    Kdrl,
+    exact_kd_terms,
+    kd_mask,
+    kd_terms,
+    kdrl_loss,
+    reverse_kl_top_k,
+)
 from kullback.align.least_squares import SquaredTargets, squared_targets_loss
 from kullback.align.log_probs import (
     TokenLogProbs,
@@ -192,6 +201,7 @@ __all__ = [
     "StatefulMethod",
     "StoredReference",
     "Supervised",
+    "TeacherStates",
     "TiltSolution",
     "TokenLogProbs",
     "acceptance_probability",
@@ -205,6 +215,7 @@ __all__ = [
     "clipped_share",
     "clipped_value_loss",
     "collapse_report",
+    "compared_completions",
     "completion_log_probs",
     "constant_groups",
     "coverage_at_k",
@@ -216,6 +227,7 @@ __all__ = [
     "ece_gap_bound",
     "elbo",
     "eubo",
+    "exact_kd_terms",
     "exploitability",
     "f_regularised_policy",
     "fdpg_loss",
@@ -295,6 +307,7 @@ __all__ = [
     "store_reference",
     "suffix_move",
     "target_divergence",
+    "teacher_states",
     "tilt",
     "token_entropy",
     "token_move",

@@ -177,7 +177,7 @@ class AlignTrainer(Trainer):
         if self.rollouts is not None:
             batches = self._rolled_out(self.rollouts, batches, device)
         if self.rollouts is not None and hasattr(self.method, "settle"):
-            batches = self.method.settle(batches, total=self.accelerator.reduce)
+            batches = self.method.settle(batches, step=self.state.global_step, total=self.accelerator.reduce)
         count = torch.tensor(sum(self.method.count(batch) for batch in batches), device=device, dtype=torch.float64)
         return batches, self.accelerator.reduce(count).clamp(min=1.0)
 
@@ -224,13 +224,17 @@ class AlignTrainer(Trainer):
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
 
-    def process_state(self) -> list[dict[str, Any]]:
-        """The completions of this process that later steps use again."""
-        return self._held
+    def process_state(self) -> dict[str, Any]:
+        """The completions of this process that later steps use again, and what its rollouts remember."""
+        source: Any = self.rollouts
+        return {"held": self._held, "rollouts": source.state_dict() if hasattr(source, "state_dict") else {}}
 
-    def load_process_state(self, state: list[dict[str, Any]]) -> None:
+    def load_process_state(self, state: dict[str, Any]) -> None:
         """Go on with them."""
-        self._held = [{name: part.to(self.args.device) for name, part in batch.items()} for batch in state]
+        source: Any = self.rollouts
+        self._held = [{name: part.to(self.args.device) for name, part in batch.items()} for batch in state["held"]]
+        if state["rollouts"]:
+            source.load_state_dict(state["rollouts"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with the means of what the method tells, as metric/..., and the share of completions cut."""

@@ -210,13 +210,15 @@ class BetaSchedule:
 
 
 class KDRLOutput(NamedTuple):
-    """loss, and its parts without a gradient: policy (GRPO's), distillation (D), divergence (the mean of -R), kept."""
+    """loss, and its parts without a gradient: policy (GRPO's), distillation (D), divergence (the mean of -R), kept (the
+    share of tokens on which the teacher is heard), ratio (the mean of student over the policy that sampled)."""
 
     loss: Tensor
     policy: Tensor
     distillation: Tensor
     divergence: Tensor
     kept: Tensor
+    ratio: Tensor
 
 
 def kdrl_loss(
@@ -268,8 +270,10 @@ def kdrl_loss(
     policy = clipped_policy_loss(student, old, bonus, mask, clip_low=clip_low, clip_high=clip_high, count=count)
     distillation = reduce_tokens(terms, heard, "token-mean", count=kept_count)
     loss = policy if kind == "k1_reward" else policy + beta * distillation
+    said = (gap, (student.detach() - old).exp())
+    divergence, mean_ratio = (reduce_tokens(part, held, "token-mean") for part in said)
     share = heard.sum() / held.sum().clamp(min=1)
-    return KDRLOutput(loss, policy.detach(), distillation.detach(), reduce_tokens(gap, held, "token-mean"), share)
+    return KDRLOutput(loss, policy.detach(), distillation.detach(), divergence, share, mean_ratio)
 
 
 def _teacher(log_teacher: Tensor, log_student: Tensor, most: float | None) -> Tensor:
@@ -374,12 +378,10 @@ class Kdrl:
         return reverse_kl_top_k(teacher_logits, student_logits, kept=kept, support=self.support, tail=self.tail)
 
     def prepare(self, batch: dict[str, Any], *, group: int, generator: torch.Generator) -> dict[str, Any]:
-        """Adds advantages [B], heard [B, T], heard_share [], the share of its tokens, and beta [B]. DataError where no
-        token counts."""
+        """Adds advantages [B] and heard [B, T], and what `settle` does. DataError where no token counts."""
         rewards, mask, step = batch["rewards"], batch["completion_mask"].bool(), int(batch.get("step", 0))
         if not mask.any():
             raise DataError("no completion of the batch has a token that counts: there is nothing to learn from")
-        beta = self.schedule(step)
         heard = mask & kd_mask(rewards.view(-1, group) > self.correct_over, mode=self.keep).reshape(-1, 1)
         if self.unheard:
             said = batch["input_ids"][:, -mask.shape[1] :]
@@ -387,25 +389,32 @@ class Kdrl:
         if self.shaping == "reward":
             gap = torch.where(heard, batch["reference_log_prob"] - batch["old_log_prob"], 0.0)
             gap = gap if self.most_log_ratio is None else gap.clamp(-self.most_log_ratio, self.most_log_ratio)
-            rewards = rewards + beta * gap.sum(1)
+            rewards = rewards + self.schedule(step) * gap.sum(1)
         advantages = grouped_advantages(
             rewards.view(-1, group), scale=self.policy.scale, baseline=self.policy.baseline
         )
-        if not self.reinforced or step < self.reward_from:
-            advantages = torch.zeros_like(advantages)
-        found = {"advantages": advantages.view(-1), "heard": heard, "beta": rewards.new_full((len(rewards),), beta)}
-        return self.settle([{**batch, **found}], total=lambda counts: counts)[0]
+        found = {"advantages": advantages.view(-1), "heard": heard}
+        return self.settle([{**batch, **found}], step=step, total=lambda counts: counts)[0]
 
     def settle(
-        self, batches: Sequence[dict[str, Any]], *, total: Callable[[Tensor], Tensor]
+        self, batches: Sequence[dict[str, Any]], *, step: int, total: Callable[[Tensor], Tensor]
     ) -> list[dict[str, Any]]:
-        """The micro-batches of a step with the share of the whole step's tokens on which the teacher is heard, so that
-        its mean is over those of all micro-batches and processes; total: the sum over processes."""
+        """The micro-batches of an optimiser step with its beta [B], whether rewards count, reinforced [B], and
+        heard_share [], of the whole step's tokens those on which the teacher is heard, so that its mean is over those
+        of all micro-batches and processes; total: the sum over processes."""
         counts = sum(
             torch.stack([batch["heard"].sum(), batch["completion_mask"].bool().sum()]).double() for batch in batches
         )
         heard, held = total(counts)  # type: ignore[arg-type]
-        return [{**batch, "heard_share": heard / held.clamp(min=1.0)} for batch in batches]
+        share, beta = heard / held.clamp(min=1.0), self.schedule(step)
+        counts_now = self.reinforced and step >= self.reward_from
+        return [
+            {
+                **batch, "heard_share": share, "beta": torch.full_like(batch["advantages"], beta),
+                "reinforced": torch.full_like(batch["advantages"], float(counts_now)),
+            }
+            for batch in batches
+        ]  # fmt: skip
 
     def count(self, batch: Batch) -> float:
         """Tokens."""
@@ -415,7 +424,8 @@ class Kdrl:
         """The joint loss."""
         exact = self.divergence != "sampled"
         output = kdrl_loss(
-            None if exact else batch["reference_log_prob"], log_prob, batch["advantages"], batch["completion_mask"],
+            None if exact else batch["reference_log_prob"], log_prob, batch["advantages"] * batch["reinforced"],
+            batch["completion_mask"],
             beta=float(batch["beta"][0]) if self.shaping == "loss" else 0.0, kind=self.kind, keep=batch["heard"],
             old_log_prob=batch["old_log_prob"], clip_low=self.policy.clip_low, clip_high=self.policy.clip_high,
             credit=self.credit, most_log_ratio=self.most_log_ratio, count=count,
@@ -425,5 +435,6 @@ class Kdrl:
         metrics: Mapping[str, Tensor] = {
             "reward": batch["rewards"].float().mean(), "policy": output.policy, "distillation": output.distillation,
             "divergence": output.divergence, "kept": output.kept.float(), "beta": batch["beta"].float().mean(),
+            "ratio": output.ratio,
         }  # fmt: skip
         return output.loss, dict(metrics)

@@ -54,7 +54,7 @@ class OnlineMethod(Method, Protocol):
     - critic and critic_rate (see `critic.Critic`): old_values [B, T], and values [B, T] with a gradient for the loss;
     - compares, a `compared.RowDivergence` or None: teacher_divergence [B, T] of next-token laws from the reference's,
       with a gradient, comes to `loss` in place of reference_log_prob;
-    - settle(batches, total): called on the micro-batches of a step, total the sum of a tensor over processes;
+    - settle(batches, step, total): called on the micro-batches of a step, total sums a tensor over processes;
     - epochs, mini_batches: how many steps the same completions serve, and in how many parts an epoch takes them;
     - gathers: `prepare` is given `gather` as that of a StatefulMethod; smallest_group: completions a prompt needs.
     """
