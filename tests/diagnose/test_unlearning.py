@@ -104,6 +104,11 @@ def test_reports_and_floors():
     hidden = ulira(normals(60, 50, "in", 4.0), normals(60, 50, "out"), normals(60, 50, "u"))
     assert told.mean() > 0.95
     assert hidden.mean().item() == pytest.approx(0.5, abs=0.05)
+    one = ulira(normals(60, 50, "in", 4.0), normals(60, 50, "out"), normals(60, 50, "u", 4.0)[:1])
+    assert one.mean() > 0.9, "the cheap form, on a single unlearned model"
+    assert ulira(normals(60, 50, "in", 4.0), normals(60, 50, "out"), normals(60, 50, "u")[:1]).mean() < 0.6
+    with pytest.raises(ShapeError, match="one model at least"):
+        ulira(normals(60, 50, "in", 4.0), normals(60, 50, "out"), normals(60, 50, "u")[:0])
 
 
 def test_ridge_datamodels_are_those_of_scikit_learn():

@@ -179,9 +179,13 @@ def ulira(with_point: Tensor, without_point: Tensor, unlearned: Tensor) -> Tenso
     """How often an attack tells that a point was in the data: accuracy [n], 1/2 where nothing is left of it.
 
     Margins [S, n] of shadow models that unlearned the point, and [S, n] of ones that never saw it, give a normal each;
-    the attack guesses the likelier for the models `unlearned` [N, n] (deleted it) and for those that never saw it.
+    the attack guesses the likelier for the models `unlearned` [N, n] (deleted it) and for those that never saw it. The
+    cheap form takes one unlearned model, N = 1, and models of all data in place of shadow models. Raises as `klom`.
     """
-    _check(with_point, without_point, unlearned)
+    _check(with_point, without_point)
+    if unlearned.ndim != 2 or not len(unlearned):
+        raise ShapeError(f"unlearned margins are [models, points], one model at least, got {tuple(unlearned.shape)}")
+    _check(with_point, unlearned.expand(2, -1) if len(unlearned) == 1 else unlearned)
     if not all(bool(x.isfinite().all()) for x in (with_point, without_point, unlearned)):
         raise DataError("margins are finite for normal densities, and some are not: clip them, as to -100 and 100")
 

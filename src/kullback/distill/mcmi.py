@@ -77,14 +77,15 @@ def class_centroids(
         raise ConfigError(f'empty is "nan" or "uniform", not {empty!r}')
     if weights is not None and (weights.shape != labels.shape or not bool((weights >= 0).all())):
         raise ShapeError(f"weights are {len(labels)} numbers from 0 on, got {tuple(weights.shape)}")
-    probs = _widened(probs)
-    if bool(probs.isnan().any()):
-        raise DataError(_NAN)
+    probs, kept = _widened(probs), labels >= 0
     share = torch.ones_like(labels, dtype=probs.dtype) if weights is None else weights.to(probs.dtype)
-    share = share.masked_fill(labels < 0, 0.0)
-    rows = labels.clamp(min=0)
-    mass = probs.new_zeros(num_classes).index_add(0, rows, share)
-    total = probs.new_zeros(num_classes, probs.shape[1]).index_add(0, rows, share.unsqueeze(-1) * probs)
+    if not bool(kept.all()):
+        probs, labels, share = probs[kept], labels[kept], share[kept]
+    mass = probs.new_zeros(num_classes).index_add(0, labels, share)
+    shares = probs if weights is None else share.unsqueeze(-1) * probs
+    total = probs.new_zeros(num_classes, probs.shape[1]).index_add(0, labels, shares)
+    if bool(total.isnan().any()):
+        raise DataError(_NAN)
     missing = mass == 0
     if bool(missing.any()) and empty == "nan":
         warnings.warn(
@@ -121,7 +122,7 @@ def empirical_cmi(
         centroids = class_centroids(log_probs.exp(), labels, groups, empty="uniform")
     else:
         _used_centroids(centroids, logits, labels, centroids.dtype)
-    spread = _divergence(log_probs, centroids[labels])
+    spread = _divergence(log_probs, centroids.clamp(min=_FLOOR).log()[labels])
     if bool(spread.isnan().any()):
         raise DataError(_NOT_FINITE)
     if not per_class:
@@ -144,11 +145,10 @@ def _check_temperature(temperature: float) -> None:
         raise ConfigError(f"temperature must be positive and is {temperature}")
 
 
-def _divergence(log_probs: Tensor, centroids: Tensor) -> Tensor:
+def _divergence(log_probs: Tensor, log_centroids: Tensor) -> Tensor:
     """KL(P || Q) of rows [n, C] to [n]; outputs that are exactly 0 count for nothing."""
     probs = log_probs.exp()
-    ratio = log_probs.masked_fill(probs == 0, 0.0) - centroids.clamp(min=_FLOOR).log()
-    return (probs * ratio).sum(-1)
+    return (probs * (log_probs.masked_fill(probs == 0, 0.0) - log_centroids)).sum(-1)
 
 
 def effective_dimension(probs: Tensor, labels: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def _bonus(
     log_probs: Tensor, labels: Tensor, groups: Tensor, centroids: Tensor, bonus: str, smoothing: float
 ) -> Tensor:
     if bonus == "cmi":
-        return _divergence(log_probs, centroids[groups])
+        return _divergence(log_probs, centroids.clamp(min=_FLOOR).log()[groups])
     if bonus == "entropy":
         return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
     if bonus != "smoothing":
@@ -287,7 +287,7 @@ def _bonus(
     if not 0.0 < smoothing < 1.0:
         raise ConfigError(f"smoothing is the mass off the label, between 0 and 1, and is {smoothing}")
     target = torch.full_like(log_probs, smoothing / (log_probs.shape[1] - 1))
-    return -_divergence(log_probs, target.scatter(-1, labels.unsqueeze(-1), 1.0 - smoothing))
+    return -_divergence(log_probs, target.scatter(-1, labels.unsqueeze(-1), 1.0 - smoothing).clamp(min=_FLOOR).log())
 
 
 def _separation(log_probs: Tensor, groups: Tensor) -> Tensor:
@@ -372,10 +372,11 @@ class CMIMeter:
         if groups is not labels:
             _check_rows(logits, groups, "groups")
         _check_range(labels, logits.shape[1])
-        kept = (labels >= 0) & (groups >= 0)
+        kept = labels >= 0 if groups is labels else (labels >= 0) & (groups >= 0)
         if not bool(kept.all()):
             logits, labels, groups = logits[kept], labels[kept], groups[kept]
-        _check_range(groups, len(self.count), "groups")
+        if groups is not labels or len(self.count) < logits.shape[1]:
+            _check_range(groups, len(self.count), "groups")
         self.count += torch.bincount(groups, minlength=len(self.count)).to(self.count)
         single = _widened(logits[:0]).dtype == torch.float32
         if self._loops is not None and logits.device.type == "cpu" and single and len(logits):
