@@ -35,7 +35,7 @@ from kullback.data.corpora import corpus
 from kullback.data.tokenizer import train_byte_bpe
 from kullback.models.small import small_llama
 
-PROMPTS, GROUP, STEPS, ROUNDS, BETA = 8, 8, 3, 4, 0.1
+PROMPTS, GROUP, STEPS, ROUNDS, BETA = 8, 8, 4, 2, 0.1
 RLOO = Grpo(
     beta=BETA, penalty="k1", scale="none", baseline="leave-one-out", reduction="seq-mean-token-sum",
     level="sequence",
@@ -199,7 +199,7 @@ def main():
     torch.set_num_threads(1)
     found = {
         "environment": environment(), "shaped": [shaped(512), shaped(2048)],
-        "step": [step(64, 2, 16, 300), step(256, 4, 64, 4000)],
+        "step": [step(64, 2, 16, 300), step(128, 2, 32, 1000)],
         "evidence": [evidence(beta) for beta in (1.0, 0.45, 0.4, 0.3)],
     }  # fmt: skip
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
