@@ -1,11 +1,16 @@
 """What `kullback distill` says to options of an objective that cannot be: before a run begins, in one sentence."""
 
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from kullback.core.errors import ConfigError
+from kullback.core.errors import ConfigError, DataError
 from kullback.jobs import distill as job
+from kullback.jobs import teacher_cache
+from kullback.jobs.teacher_cache import TeacherCacheConfig
 
 OPTIONS = {"alpha_divergence": {"alpha": 1.5}, "generalized_jsd": {"beta": 0.2}, "renyi": {"alpha": 0.5},
            "skew_kl": {"alpha": 0.1}, "skew_reverse_kl": {"alpha": 0.1}}  # fmt: skip
@@ -63,3 +68,41 @@ def test_options_out_of_range(name, options, message):
 @pytest.mark.parametrize("value", ["much", math.nan])
 def test_options_of_another_kind(name, option, value):
     refuse(f"objective.options.{option} is like", name, options={option: value})
+
+
+def test_blocks_and_seeds_that_cannot_be(config, tmp_path):
+    for wrong, message in (
+        (replace(config, seeds=(0, 1, 0)), "seeds has one twice"),
+        (replace(config, data=replace(config.data, validation_blocks=0)), "validation_blocks must be at least 1"),
+        (replace(config, data=replace(config.data, length=64)), "64 tokens and the teacher was made for 32 at most"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            job.run(wrong, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_other_texts_or_without_a_tokenizer_leaves_no_run(config, tmp_path):
+    cache = tmp_path / "cache"
+    teacher_cache.run(TeacherCacheConfig(teacher=config.teacher, data=config.data, kept=8, drawn=0), cache)
+    cached, other = replace(config, teacher=str(cache)), tmp_path / "other.txt"
+    other.write_text(Path(config.data.train).read_text()[::-1])
+    with pytest.raises(DataError, match="not in the teacher cache"):
+        job.run(replace(cached, data=replace(config.data, train=str(other))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    told = []
+    short = replace(cached, training=replace(config.training, steps=1))
+    job.run(short, tmp_path / "run", listen=told.append)
+    assert any("all but the 8 kept are one outcome" in event.get("text", "") for event in told)
+    shutil.rmtree(cache / "tokenizer")
+    with pytest.raises(DataError, match="holds no tokenizer: write it again with teacher-cache"):
+        job.run(cached, tmp_path / "again")
+    long, short = replace(config.data, length=64), replace(config.data, length=1)
+    for wrong, message in (
+        ({"temperature": math.inf}, "positive and finite"),
+        ({"batch": 0}, "batch is a number"),
+        ({"data": long}, "the teacher was made for 32 at most"),
+        ({"data": short}, "at least 2 tokens"),
+    ):
+        made = TeacherCacheConfig(**{"teacher": config.teacher, "data": config.data, **wrong})
+        with pytest.raises(ConfigError, match=message):
+            teacher_cache.run(made, tmp_path / "new")

@@ -137,6 +137,7 @@ def test_pld_is_distilled_from_a_cache_as_from_the_teacher(config, tmp_path, cap
     live = [*cached, "--set", "objective.options.topk=20", "--out", str(tmp_path / "live")]
     assert cli.execute(["distill", "--teacher", config.teacher, *live]) == 0
     rows = [json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("cached", "live")]
+    assert rows[0][0]["cross_entropy"] == pytest.approx(rows[1][0]["cross_entropy"], rel=1e-3), "the teacher's own"
     assert rows[0][2]["divergence"] < 0.97 * rows[0][1]["divergence"]
     for key, tolerance in (("cross_entropy", 1e-3), ("divergence", 0.05)):
         assert rows[0][2][key] == pytest.approx(rows[1][2][key], rel=tolerance)
@@ -152,7 +153,12 @@ def test_a_cache_of_the_first_format_is_refused_by_pld_alone(config, tmp_path):
     with pytest.raises(ConfigError, match="pld asks how probable .* write the cache again with teacher-cache"):
         job.run(replace(old, objective=replace(config.objective, name="pld")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    job.run(old, tmp_path / "run")
+    told = []
+    run = job.run(replace(old, objective=replace(config.objective, name="bd-kd")), tmp_path / "run", listen=told.append)
+    assert [event for event in told if event["kind"] == "note" and "written again has it exactly" in event["text"]]
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["divergence"] == "bd_kd"
+    assert "cross_entropy" not in report["rows"][0], "this teacher does not say how probable the text is"
 
 
 @pytest.mark.parametrize("dialect", ["echo", "top alone"])

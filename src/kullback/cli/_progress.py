@@ -51,7 +51,8 @@ class Progress:
         elif kind == "evaluation" and "cross_entropy" in event:
             self._line(f"  step {event['step']}: validation cross-entropy {event['cross_entropy']:.4f}")
         elif kind == "progress":
-            self._advance(int(event["step"]), int(event["steps"]), float(event.get("steps_a_second", 0.0)))
+            rate, unit = float(event.get("steps_a_second", 0.0)), str(event.get("unit", "step"))
+            self._advance(int(event["step"]), int(event["steps"]), rate, unit)
 
     def _begin(self, text: str, kind: str) -> None:
         self.loss, self.said = "", time.monotonic()
@@ -62,7 +63,7 @@ class Progress:
                 self.bar.remove_task(self.task)
                 self.task = None
 
-    def _advance(self, step: int, steps: int, rate: float) -> None:
+    def _advance(self, step: int, steps: int, rate: float, unit: str) -> None:
         if self.bar is not None:
             if self.task is None:
                 self.task = self.bar.add_task(self.text.split(":")[0], total=steps, loss="")
@@ -70,7 +71,7 @@ class Progress:
         elif time.monotonic() - self.said >= self.every:
             self.said = time.monotonic()
             left = f"{(steps - step) / rate:.0f} s left" if rate > 0 else ""
-            self._line("  " + ", ".join(part for part in (f"step {step} of {steps}", self.loss, left) if part))
+            self._line("  " + ", ".join(part for part in (f"{unit} {step} of {steps}", self.loss, left) if part))
 
     def _line(self, text: str) -> None:
         if self.bar is not None:

@@ -76,6 +76,8 @@ def _show_report(folder: Path, *, as_json: bool) -> None:
     rows = [[row["student"], str(row["seeds"]), *(_cell(row, column) for column in columns)] for row in report["rows"]]
     print_table(titles, rows)
     typer.echo("Validation text, nats a token; ± is the standard deviation over seeds.")
+    if "divergence" in report:
+        typer.echo(f"The divergence is {report['divergence']}.")
     if "gain" in report:
         gain = report["gain"]
         spread = "" if gain["spread"] is None else f" ± {gain['spread']:.3f}"

@@ -199,12 +199,14 @@ def _gate_labels(rule: GateRule, labels: Tensor | None, logits: Tensor) -> Tenso
     if labels is None:
         raise ConfigError('gate="label" compares the probability of the label: give labels')
     _check_labels(labels, logits)
-    return labels
+    return labels.long()
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.shape != logits.shape[:-1]:
         raise ShapeError(f"labels have shape {tuple(labels.shape)}, the rows {tuple(logits.shape[:-1])}: one a row")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"labels are whole numbers of classes, got {labels.dtype}: convert them with .long()")
     wrong = (labels != -100) & ((labels < 0) | (labels >= logits.shape[-1]))
     if bool(wrong.any()):
         raise DataError(
@@ -386,8 +388,9 @@ def bdkd_loss(
     >>> bdkd_loss(teacher, student, temperature=1.0)["loss"], bdkd_loss(teacher, student, temperature=4.0)["loss"]
     (tensor(1.5095), tensor(1.6933))
     """
-    if not temperature > 0.0 or not gate_temperature > 0.0:
-        raise ConfigError(f"temperatures must be positive and are {temperature} and, of the gate, {gate_temperature}")
+    if not gate_temperature > 0.0:
+        raise ConfigError(f"gate_temperature must be positive and is {gate_temperature}")
+    _check_numbers(temperature, alpha)
     rule = gate_rule(mode, delta, gate, temperature / gate_temperature, width)
     gate_labels = _gate_labels(rule, labels, teacher_logits)
     teacher, student = _pair(teacher_logits.detach(), student_logits)
@@ -405,6 +408,11 @@ def bdkd_loss(
     return _summed(parts, student_logits, labels, alpha * (temperature**2 if squared_temperature else 1.0), mask, count)
 
 
+def _check_numbers(temperature: float, alpha: float) -> None:
+    if not 0.0 < temperature < math.inf or not 0.0 <= alpha < math.inf:
+        raise ConfigError(f"temperature must be positive and alpha at least 0, both finite: got {temperature}, {alpha}")
+
+
 def _summed(
     parts: dict[str, Tensor],
     logits: Tensor,
@@ -414,11 +422,13 @@ def _summed(
     count: Tensor | float | None,
 ) -> dict[str, Tensor]:
     """Means of the parts over the rows that count, with cross-entropy where there are labels, and the loss in front."""
+    if mask is not None and mask.shape != logits.shape[:-1]:
+        raise ShapeError(f"mask has shape {tuple(mask.shape)}, the rows {tuple(logits.shape[:-1])}: one a row")
     if labels is not None:
         _check_labels(labels, logits)
         mask = labels != -100 if mask is None else mask.bool() & (labels != -100)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1)
+        rows = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long()
         hard = torch.nn.functional.cross_entropy(*rows, reduction="none")
         parts = {**parts, "cross_entropy": hard.view(labels.shape)}
     means = {name: masked_mean(part, mask, count=count) for name, part in parts.items()}
@@ -444,8 +454,7 @@ def bdkd_teacher_loss(
     teacher) instead, as deep mutual learning does (Zhang et al. 2018); the other modes do not differ here. Shapes,
     labels, mask and count as in `bdkd_loss`.
     """
-    if not temperature > 0.0:
-        raise ConfigError(f"temperature must be positive and is {temperature}")
+    _check_numbers(temperature, alpha)
     gate_rule("jeffreys" if mode == "bdkd_soft" else mode, 1.0, "entropy", 1.0, None)
     divergence: Callable[[Tensor, Tensor], Tensor] = reverse_kl if mode == "dml" else kl
     logits = _pair(teacher_logits, student_logits.detach())

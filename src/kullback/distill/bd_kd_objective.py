@@ -62,6 +62,11 @@ class BalancedKL:
             raise ConfigError('BalancedKL sees no labels: gate="label" belongs to bdkd_objective')
         self.rule()
 
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return "bd_kd" if self.mode == "bdkd" else f"bd_kd(mode={self.mode})"
+
     def rule(self) -> GateRule:
         """What the options say, with the power that brings distributions at `temperature` to the gate's."""
         return _rule(self.mode, self.delta, self.gate, self.temperature, self.gate_temperature, self.width)

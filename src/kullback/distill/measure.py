@@ -14,7 +14,7 @@ from kullback.distill.objective import Objective
 from kullback.divergences import kl
 from kullback.models.heads import has_plain_head, replaced_head
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_truncated"]
 
 
 @torch.no_grad()
@@ -54,6 +54,24 @@ def measure(
     if teacher is not None:
         found["divergence"] = distance / max(tokens, 1)
     return found
+
+
+def measure_truncated(teacher: Teacher, blocks: Sequence[dict[str, Tensor]], *, batch: int = 8) -> dict[str, float]:
+    """Cross-entropy (nats a token) and perplexity of a truncated teacher that says how probable the next tokens are.
+
+    Empty for one that does not say. blocks: as those of `measure`.
+    """
+    tokens, total = 0, 0.0
+    for start in range(0, len(blocks), batch):
+        items = [blocks[index] for index in range(start, min(start + batch, len(blocks)))]
+        ids = torch.stack([item["input_ids"] for item in items])
+        counted = torch.stack([item.get("labels", item["input_ids"]) for item in items])[:, 1:] != -100
+        said = teacher(ids, torch.ones_like(ids)).label_log_probs
+        if said is None:
+            return {}
+        tokens, total = tokens + int(counted.sum()), total - float(said[:, :-1].cpu().double()[counted].sum())
+    cross_entropy = total / max(tokens, 1)
+    return {"cross_entropy": cross_entropy, "perplexity": math.exp(min(cross_entropy, 700.0))}
 
 
 def _batch_totals(

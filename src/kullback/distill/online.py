@@ -56,7 +56,7 @@ class OnlineLoss:
     width: float | None = None
 
     def __post_init__(self) -> None:
-        if self.alpha < 0.0 or self.teacher_alpha < 0.0:
+        if not self.alpha >= 0.0 or not self.teacher_alpha >= 0.0:
             raise ConfigError(f"alpha and teacher_alpha weigh terms and are {self.alpha} and {self.teacher_alpha}")
         row = torch.zeros(1, 2)
         options: dict[str, Any] = {"delta": self.delta, "mode": self.mode, "gate": self.gate, "width": self.width}

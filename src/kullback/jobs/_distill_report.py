@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kullback.core.files import atomic_write
 from kullback.core.rng import generator
 from kullback.distill._hf import LiveTeacher
-from kullback.distill.measure import measure
+from kullback.distill.measure import measure, measure_truncated
 from kullback.distill.on_policy import sample_continuations
 from kullback.figures import figure
 from kullback.jobs._report import curves_csv, evaluations, keep_model, mean_row, part_events, part_reports, spread
@@ -42,7 +43,7 @@ def write_report(work: Distillation) -> None:
     _draw(work.run.figure("curves"), validation, rows[0].get("cross_entropy"))
     samples = _samples(work)
     atomic_write(out / "samples.jsonl", "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-    report: dict[str, Any] = {"rows": rows, "parts": reports}
+    report: dict[str, Any] = {"rows": rows, "divergence": _called(work.divergence), "parts": reports}
     if work.config.baseline:
         report["gain"] = _gain(work, reports)
     report["written"] = ["model", "report.json", "samples.jsonl", "curves.csv", "figures/curves.svg"]
@@ -66,9 +67,18 @@ def _row(name: str, found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _teacher(work: Distillation) -> dict[str, float]:
-    if not isinstance(work.teacher, LiveTeacher):
-        return {}  # a cached or served teacher gives no distribution of its own to measure
-    return measure(work.teacher.model, work.texts.validation, vocabulary=work.vocabulary)
+    if isinstance(work.teacher, LiveTeacher):
+        return measure(work.teacher.model, work.texts.validation, vocabulary=work.vocabulary)
+    # of a tempered distribution the text's probability says nothing about the teacher
+    return measure_truncated(work.teacher, work.texts.validation) if work.config.objective.temperature == 1 else {}
+
+
+def _called(divergence: Any) -> str:
+    """The name of a divergence with its options."""
+    if isinstance(divergence, partial):
+        options = ", ".join(f"{key}={value:g}" for key, value in divergence.keywords.items())
+        return f"{divergence.func.__name__}({options})"
+    return str(getattr(divergence, "name", getattr(divergence, "__name__", type(divergence).__name__)))
 
 
 def _samples(work: Distillation, count: int = 4) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from kullback.distill.served import ServedTeacher
 from kullback.distill.teachers import CachedTeacher
 from kullback.jobs._checkpoints import RunCheckpoints
 from kullback.jobs._distill_report import write_report
-from kullback.jobs._models import add_lora, check_same_tokenizer, load_model, load_tokenizer
+from kullback.jobs._models import add_lora, check_length, check_same_tokenizer, load_model, load_tokenizer
 from kullback.jobs._parts import processes, quiet_elsewhere, removed_on_error, start_run, train_part
 from kullback.jobs._texts import Texts, pack_texts
 from kullback.jobs._training import Listener, TrainingConfig, training_arguments
@@ -76,6 +76,7 @@ class Distillation:
         self.run = start_run(self.state, out, config, kind="distill", resume=resume)
         with removed_on_error(out if fresh and self.state.is_main_process else None):
             self.texts = self._texts()
+            self._check_cached()
 
     @property
     def parts(self) -> list[Part]:
@@ -177,12 +178,31 @@ class Distillation:
         if is_teacher_cache(name):
             cached = CachedTeacher(Path(name), temperature=self.config.objective.temperature)
             self._check_labels(cached)
-            check_same_tokenizer(load_tokenizer(Path(name) / "tokenizer", role="teacher cache"), self.tokenizer)
+            self._tell_of_tail(cached)
+            if not (Path(name).expanduser() / "tokenizer").is_dir():
+                raise DataError(f"the teacher cache {name} holds no tokenizer: write it again with teacher-cache")
+            tokenizer = load_tokenizer(Path(name).expanduser() / "tokenizer", role="the tokenizer of teacher cache")
+            check_same_tokenizer(tokenizer, self.tokenizer)
             return cached, cached.vocabulary
         model = load_model(name, role="teacher")
+        check_length(model, self.config.data.length, role="teacher")
         if self.config.teacher:
             check_same_tokenizer(load_tokenizer(name, role="teacher"), self.tokenizer)
         return LiveTeacher(model), model.get_output_embeddings().weight.shape[0]
+
+    def _tell_of_tail(self, teacher: CachedTeacher) -> None:
+        """A note where a cache makes less of the objective than it could."""
+        config, text = self.config.objective, ""
+        name = config.name.replace("-", "_")
+        if name != "pld" and not teacher.summary.drawn:
+            text = f"the cache has no tokens drawn from the tail: all but the {teacher.kept} kept are one outcome"
+        elif name == "bd_kd" and not teacher.has_entropy and "gate" not in config.options:
+            text = (
+                "the cache is of a format without entropies: bd_kd estimates the teacher's from the tokens drawn, and "
+                "from a cache written again has it exactly"
+            )
+        if text:
+            self.listen({"kind": "note", "text": text})
 
     def _check_labels(self, teacher: CachedTeacher | ServedTeacher) -> None:
         """Raise ConfigError where a truncated teacher does not say what a loss that looks at labels asks of it."""
@@ -205,8 +225,16 @@ class Distillation:
             picked = f"rankings have at most {teacher.kept} picks, as many tokens as the teacher gives"
             self.listen({"kind": "note", "text": picked})
 
+    def _check_cached(self) -> None:
+        """Raise DataError before any training where a cache does not hold these texts."""
+        if isinstance(self.teacher, CachedTeacher):
+            for block in (self.texts.train[0], self.texts.train[len(self.texts.train) - 1], self.texts.validation[0]):
+                self.teacher(block["input_ids"][None], block["input_ids"][None])
+
     def _check_student(self) -> int:
-        tokens: int = self.student(self.config.seeds[0]).get_output_embeddings().weight.shape[0]
+        student = self.student(self.config.seeds[0])
+        check_length(student, self.config.data.length, role="student")
+        tokens: int = student.get_output_embeddings().weight.shape[0]
         if tokens < len(self.tokenizer):
             raise DataError(
                 f"the student's head has {tokens} tokens and its tokenizer {len(self.tokenizer)}: resize it"

@@ -17,6 +17,7 @@ from kullback.models.adapters import adapter_base
 
 __all__ = [
     "add_lora",
+    "check_length",
     "check_same_tokenizer",
     "check_weights",
     "load_model",
@@ -107,6 +108,13 @@ def check_weights(model: Any, *, role: str) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise DataError(f"{role} has weights that are not finite in {name}: the checkpoint is damaged")
+
+
+def check_length(model: Any, length: int, *, role: str) -> None:
+    """Raise ConfigError where blocks of `length` tokens are longer than the model was made for."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ConfigError(f"data.length is {length} tokens and the {role} was made for {most} at most: lower it")
 
 
 def check_same_tokenizer(teacher: Any, student: Any, *, roles: tuple[str, str] = ("teacher", "student")) -> None:

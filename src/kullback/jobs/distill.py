@@ -168,6 +168,7 @@ def objective_names() -> tuple[str, ...]:
 _ELSEWHERE = {  # what is another objective with options, and methods of the room that are not of two models' logits
     "kd": "is kl here, with objective.temperature, objective.squared_temperature and objective.cross_entropy",
     "gkd": "is generalized_jsd here, with its beta, and objective.on_policy for the share of the student's own samples",
+    "dml": "is bd_kd here with objective.options.mode=dml; two networks that both learn take OnlineDistillationTrainer",
     "listmle": "is pld here, with objective.options.weights=uniform",
     "mcmi": "fine-tunes a teacher, before it is distilled: kullback.distill.MCMITeacherTrainer, and then kl here",
     "mdcs": "makes several experts of one classifier differ, without a teacher: kullback.distill.MDCSTrainer",
@@ -253,12 +254,16 @@ def check(config: DistillConfig) -> None:
         raise ConfigError("a student was named and no teacher: name the teacher's model directory, cache or server too")
     if not config.seeds:
         raise ConfigError("seeds is empty: give at least one")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"seeds has one twice, {list(config.seeds)}: each is a training of its own")
     if not 0 <= objective.on_policy <= 1:
         raise ConfigError(f"objective.on_policy is a share of the steps in [0, 1], got {objective.on_policy}")
     if objective.on_policy and not 1 <= objective.prompt < text.length:
         raise ConfigError(f"objective.prompt must lie in [1, {text.length - 1}] for blocks of {text.length} tokens")
     if text.length < 2:
         raise ConfigError(f"data.length must be at least 2 tokens, got {text.length}")
+    if text.validation_blocks < 1:
+        raise ConfigError(f"data.validation_blocks must be at least 1, got {text.validation_blocks}")
     if text.validation == "" and not 0 < text.holdout < 1:
         raise ConfigError(f"data.holdout is a share of the text in (0, 1), got {text.holdout}")
     if config.lora.rank < 0:

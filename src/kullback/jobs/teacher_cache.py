@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,8 +44,12 @@ def run(config: TeacherCacheConfig, out: Path, *, listen: Listener | None = None
     listen = listen or (lambda event: None)
     if out.exists():
         raise CheckpointError(f"{out} is there already: choose another folder for the cache, or remove it")
-    if not config.temperature > 0:
-        raise ConfigError(f"temperature must be > 0, got {config.temperature}")
+    if not 0 < config.temperature < math.inf:
+        raise ConfigError(f"temperature must be positive and finite, got {config.temperature}")
+    if config.data.length < 2:
+        raise ConfigError(f"data.length must be at least 2 tokens, got {config.data.length}")
+    if config.batch < 1:
+        raise ConfigError(f"batch is a number of sequences, at least 1, got {config.batch}")
     if config.drawn < 0:
         raise ConfigError(f"drawn is a number of tokens, at least 0, got {config.drawn}")
     with without_bars():
@@ -57,11 +62,12 @@ def _write(config: TeacherCacheConfig, out: Path, listen: Listener) -> CacheSumm
     from kullback.data.packing import load_packed
     from kullback.distill._hf import LiveTeacher
     from kullback.distill.teachers import teacher_logits, write_teacher_cache
-    from kullback.jobs._models import load_model, load_tokenizer
+    from kullback.jobs._models import check_length, load_model, load_tokenizer
     from kullback.jobs._texts import pack_texts
 
     folder = config.teacher or str(_embedded_teacher(listen))
     model, tokenizer = load_model(folder, role="teacher"), load_tokenizer(folder, role="teacher")
+    check_length(model, config.data.length, role="teacher")
     with tempfile.TemporaryDirectory(prefix="kullback-") as scratch:
         pack_texts(config.data, tokenizer, Path(scratch), listen)
         blocks: Any = ConcatDataset([load_packed(Path(scratch) / split) for split in ("train", "validation")])
@@ -79,7 +85,7 @@ def _write(config: TeacherCacheConfig, out: Path, listen: Listener) -> CacheSumm
             temperature=config.temperature,
             batch=config.batch,
             tokenizer=tokenizer,
-            progress=lambda done, of: listen({"kind": "progress", "step": done, "steps": of}),
+            progress=lambda done, of: listen({"kind": "progress", "unit": "block", "step": done, "steps": of}),
         )
 
 
