@@ -4,6 +4,8 @@ One thread, medians of calls in turn. "layout": 64 rows of some 500 actions, tha
 machine on Python lists, which makes neither mask nor stream. "step": loss and gradients on data and own trajectories,
 two forwards, over a step of likelihood on the same stream; "loss": of that what is no forward or backward of the model.
 "generation": 8 texts of 256 visible tokens with the key-value cache, over feeding every visible prefix again.
+"search": contrastive search of 128 tokens after 8 prompts of 16, four candidates, over reading every text anew at each
+step (in batch as well), and over as many tokens drawn.
 """
 
 import json
@@ -17,7 +19,9 @@ from kullback.align._hf_sequencematch import layout_logits
 from kullback.align.sequencematch import sequencematch_loss
 from kullback.core.environment import environment
 from kullback.core.rng import generator
+from kullback.decode.ancestral import draw_tokens
 from kullback.decode.backspace import backspace_layout, generate_with_backspace, inject_noise
+from kullback.decode.contrastive import contrastive_search
 from kullback.models.small import small_llama
 
 BACKSPACE, BEGIN = 99, 0
@@ -107,9 +111,42 @@ def generation():
     return {"visible": 256, "seconds": _measure.medians(times), "ratio": _measure.ratio(times, "kullback", "again")}
 
 
+@torch.no_grad()
+def anew(network, text, count, alpha=0.6, candidates=4):
+    for _ in range(count):
+        out = network(input_ids=text, output_hidden_states=True, use_cache=False)
+        top = out.logits[:, -1].softmax(-1).topk(candidates)
+        longer = torch.cat([text.repeat_interleave(candidates, 0), top.indices.reshape(-1, 1)], 1)
+        states = network(input_ids=longer, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        states = torch.nn.functional.normalize(states, dim=-1)
+        penalty = (states[:, :-1] @ states[:, -1:].mT).amax((1, 2)).view(-1, candidates)
+        best = ((1 - alpha) * top.values - alpha * penalty).argmax(1)
+        text = torch.cat([text, top.indices.gather(1, best.unsqueeze(1))], 1)
+    return text
+
+
+def search():
+    network = model().eval()
+    prompts = torch.randint(1, 99, (8, 16), generator=generator(3, "prompts"))
+    calls = {
+        "kullback": lambda: contrastive_search(network, prompts, count=128).tokens,
+        "anew": lambda: anew(network, prompts, 128)[:, 16:],
+        "drawn": lambda: draw_tokens(network, prompts, count=128, generator=generator(4, "drawn")),
+    }  # fmt: skip
+    times, results = _measure.race(calls, rounds=3, clock=time.process_time)
+    return {
+        "tokens": 128, "seconds": _measure.medians(times), "ratio": _measure.ratio(times, "kullback", "anew"),
+        "over drawing": _measure.ratio(times, "kullback", "drawn"),
+        "equal": (results["kullback"] == results["anew"]).double().mean().item(),
+    }  # fmt: skip
+
+
 def main():
     torch.set_num_threads(1)
-    found = {"environment": environment(), "layout": layouts(), "step": steps(), "generation": generation()}
+    found = {
+        "environment": environment(), "layout": layouts(), "step": steps(), "generation": generation(),
+        "search": search(),
+    }  # fmt: skip
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
