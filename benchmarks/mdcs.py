@@ -2,8 +2,10 @@
 
 float32, one thread, three experts. Loss: two views from logits to the gradient by both, against a loop with
 cross-entropy and kl_div on the kept samples. Heads: three branches and cosine heads, forward and backward, against a
-loop over modules and against one head as wide as the three together. "ratio" is a contender's time over ours, the
-median over rounds; "error" the difference of the gradient from the loop's, relative; memory the peak above the inputs.
+loop over modules and against one head as wide as the three together, which gives a third of the logits. "compiled" is
+under torch.compile, whole graphs or an error, with the seconds of compilation; the last cases are both together, from
+features to the gradient by the weights. "ratio" is a contender's time over ours, the median over rounds; "error" the
+difference of the gradient from the loop's, relative; memory the peak above the inputs.
 """
 
 import json
@@ -18,7 +20,7 @@ import _measure
 from kullback.core.environment import environment
 from kullback.data.long_tail import long_tail_counts
 from kullback.distill import MDCSLoss
-from kullback.models.experts import CosineHead, ExpertLinear
+from kullback.models.experts import CosineHead, ExpertLinear, MultiExpert
 
 torch.set_num_threads(1)
 LAM = (-0.5, 1.0, 2.5)
@@ -51,27 +53,35 @@ def prepared(name, rows, classes):
     """What `peak_memory` calls: the loss and its gradient by both views."""
     weak, strong, labels, counts = batch(rows, classes)
     ours = MDCSLoss(counts, lam=LAM, warm_epochs=0)
+    compiled = torch.compile(ours, fullgraph=True) if name == "kullback, compiled" else ours
     losses = {
         "kullback": lambda: ours(weak, strong, labels)["loss"],
+        "kullback, compiled": lambda: compiled(weak, strong, labels)["loss"],
         "loop, as released": lambda: released(weak, strong, labels, counts),
     }
     return lambda: torch.autograd.grad(losses[name](), (weak, strong))
 
 
 def loss(rows, classes):
-    names = ("kullback", "loop, as released")
-    times, found = _measure.race(
-        {name: prepared(name, rows, classes) for name in names}, rounds=9, clock=time.process_time
-    )
-    errors = [(a - b).norm() / b.norm() for a, b in zip(found["kullback"], found["loop, as released"])]
+    torch._dynamo.reset()
+    calls = {name: prepared(name, rows, classes) for name in ("kullback", "kullback, compiled", "loop, as released")}
+    started = time.perf_counter()
+    calls["kullback, compiled"]()
+    seconds_of_compilation = round(time.perf_counter() - started, 1)
+    times, found = _measure.race(calls, rounds=9, clock=time.process_time)
+    exact = found["loop, as released"]
     return [
         {
             "case": f"loss and gradient, [3, {rows}, {classes}]",
             "who": name,
             "ms": round(1e3 * seconds, 3),
             "ratio": round(_measure.ratio(times, name, "kullback"), 2),
-            "error": max(errors).item() if name == "kullback" else None,
-            "megabytes": round(_measure.peak_memory(__file__, "prepared", name, rows, classes) / 1e6, 1),
+            "error": max((a - b).norm() / b.norm() for a, b in zip(found[name], exact)).item(),
+            **(
+                {"seconds_of_compilation": seconds_of_compilation}
+                if name == "kullback, compiled"
+                else {"megabytes": round(_measure.peak_memory(__file__, "prepared", name, rows, classes) / 1e6, 1)}
+            ),
         }
         for name, seconds in _measure.medians(times).items()
     ]
@@ -112,9 +122,44 @@ def heads(rows, hidden, width, classes):
     ]
 
 
+def step(rows, hidden, width, classes):
+    """Experts, heads and loss from two views of the features to the gradient by all weights, eager and compiled."""
+    source = torch.Generator().manual_seed(0)
+    branches = nn.Sequential(ExpertLinear(3, hidden, width, generator=source), nn.ReLU())
+    model = MultiExpert(nn.Identity(), branches, CosineHead(width, classes, experts=3, generator=source))
+    loss = MDCSLoss(long_tail_counts(500, classes, 100), lam=LAM, warm_epochs=0)
+    features = torch.randn(2 * rows, hidden, generator=source)
+    labels = torch.randint(0, classes, (rows,), generator=source)
+
+    def terms(features, labels):
+        weak, strong = model(features)["logits"].chunk(2, dim=1)
+        return loss(weak, strong, labels)["loss"]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(terms, fullgraph=True)
+    weights = list(model.parameters())
+    calls = {
+        "kullback": lambda: torch.autograd.grad(terms(features, labels), weights),
+        "kullback, compiled": lambda: torch.autograd.grad(compiled(features, labels), weights),
+    }
+    calls["kullback, compiled"]()
+    times, found = _measure.race(calls, rounds=9, clock=time.process_time)
+    return [
+        {
+            "case": f"experts, heads and loss, 2 x {rows} x {hidden} to 3 x {width} to {classes}",
+            "who": name,
+            "ms": round(1e3 * seconds, 3),
+            "ratio": round(_measure.ratio(times, name, "kullback"), 2),
+            "error": max((a - b).norm() / b.norm() for a, b in zip(found[name], found["kullback"])).item(),
+        }
+        for name, seconds in _measure.medians(times).items()
+    ]
+
+
 def main():
     table = loss(64, 100) + loss(256, 1000) + loss(64, 8142)
     table += heads(128, 64, 32, 100) + heads(128, 256, 128, 1000) + heads(512, 512, 256, 100)
+    table += step(64, 64, 32, 100) + step(128, 256, 128, 1000)
     for row in table:
         error = "" if row["error"] is None else f"error {row['error']:.1e}"
         memory = f"{row['megabytes']} MB" if "megabytes" in row else ""

@@ -234,6 +234,11 @@ def test_the_module_is_the_function(views):
         assert torch.equal(found[name], wanted[name])
     assert "ramp=0.25" in repr(loss)
     assert list(loss.state_dict()) == ["log_prior"]
+    other = MDCSLoss(COUNTS.flip(0), lam=[0.0, 1.0, 2.0], alpha=0.5, selection="none")
+    other.set_epoch(5)
+    assert not torch.allclose(other(weak, strong, labels)["loss"], wanted["loss"])
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other(weak, strong, labels)["loss"], wanted["loss"])
 
 
 def test_combining_experts(views):

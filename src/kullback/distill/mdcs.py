@@ -295,7 +295,7 @@ class MDCSLoss(nn.Module):
     """
 
     log_prior: Tensor
-    shift: Tensor
+    strength: Tensor
     weight: Tensor
 
     def __init__(
@@ -319,7 +319,8 @@ class MDCSLoss(nn.Module):
         self.settings, self.warm_epochs, self.epoch = _Settings(**options), warm_epochs, 0.0
         log_prior = _log_prior(class_counts, min_count)
         self.register_buffer("log_prior", log_prior)
-        self.register_buffer("shift", _shift(self.settings.lam, log_prior), persistent=False)
+        strength = torch.tensor(self.settings.lam, dtype=log_prior.dtype, device=log_prior.device)
+        self.register_buffer("strength", strength.unsqueeze(-1), persistent=False)
         self.register_buffer("weight", torch.tensor(self.alpha * self.ramp), persistent=False)
 
     @property
@@ -348,4 +349,5 @@ class MDCSLoss(nn.Module):
         """The terms of `mdcs_loss` at this epoch."""
         # compiled, alpha times the ramp is an input: as a number it would be a constant of the graph
         weight = self.weight if torch.compiler.is_compiling() else self.alpha * self.ramp
-        return _loss(logits_weak, logits_strong, labels, self.shift, self.settings, weight, teacher_logits)
+        shift = self.strength * self.log_prior  # which a state that is loaded replaces
+        return _loss(logits_weak, logits_strong, labels, shift, self.settings, weight, teacher_logits)
