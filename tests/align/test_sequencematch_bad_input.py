@@ -4,13 +4,43 @@ import math
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from kullback.align._hf_sequencematch import SequenceMatchSettings
-from kullback.align.sequencematch import transition_rewards
+from kullback.align._hf_sequencematch import SequenceMatchSettings, SequenceMatchTrainer, layout_logits
+from kullback.align.sequencematch import policy_entropy, transition_rewards
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.rng import generator
 from kullback.decode.backspace import PAD, backspace_layout, generate_with_backspace, inject_noise, visible_text
 from kullback.models.small import small_llama
+
+
+def test_actions_that_are_closed_are_never_taken_and_count_in_no_value(tmp_path):
+    """As if the head had no such rows: of ids that only pad it, and the begin token."""
+    model = small_llama(9, hidden=16, layers=1, heads=2, length=64, generator=generator(6, "m")).eval()
+    layout = backspace_layout(torch.tensor([[1, 2, 8, 3], [3, 1, 2, PAD]]), backspace=8, begin=0)
+    with torch.no_grad():
+        closed = layout_logits(model, layout, closed=(0, 5, 6, 7))
+        plain = layout_logits(model, layout)
+    narrow = plain[..., [1, 2, 3, 4, 8]]
+    smaller = backspace_layout(torch.tensor([[0, 1, 4, 2], [2, 0, 1, PAD]]), backspace=4, begin=9)
+    found, expected = transition_rewards(closed, layout, backspace=8), transition_rewards(narrow, smaller, backspace=4)
+    torch.testing.assert_close(found.reward, expected.reward)
+    torch.testing.assert_close(policy_entropy(closed, layout), policy_entropy(narrow, smaller))
+    assert not torch.allclose(transition_rewards(plain, layout, backspace=8).reward, expected.reward)
+    windows = torch.randint(1, 5, (16, 10), generator=generator(7, "w"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, learning_rate=1e-2, use_cpu=True,
+        report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = SequenceMatchTrainer(
+        model=model, args=arguments, train_dataset=[{"input_ids": row} for row in windows], backspace=8, begin=0,
+        settings=SequenceMatchSettings(samples=16, kept=16, length=10, refresh_every=1, noise=0.3, closed=(0, 5, 6, 7)),
+    )  # fmt: skip
+    trainer.train()
+    assert not torch.isin(torch.cat(trainer.buffer), torch.tensor([0, 5, 6, 7])).any()
+    entries = [entry for entry in trainer.state.log_history if "metric/entropy" in entry]
+    assert all(0.0 < entry["metric/entropy"] < math.log(5) + 1e-6 for entry in entries)
+    assert all(math.isfinite(entry["grad_norm"]) for entry in entries)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ class SequenceMatchSettings:
     steps between new trajectories, samples of `length` visible tokens each time, of which `kept` stay in the buffer;
     nll_share: of the likelihood in the loss at the end, from 1 at the first step, linearly over the first half;
     terminal: what follows the action `end` ("zero" or "absorbing", see `sequencematch`); without an end all windows are
-    cut; squared: the loss is that of `least_squares`, by these targets, in place of the divergence. Raises ConfigError
+    cut; squared: the loss is that of `least_squares`, by these targets, in place of the divergence; closed: actions
+    that are never taken and count in no value, such as the begin token and ids that only pad a head. Raises ConfigError
     for values out of range.
     """
 
@@ -49,6 +50,7 @@ class SequenceMatchSettings:
     terminal: Literal["zero", "absorbing"] = "zero"
     end: int | None = None
     squared: SquaredTargets | None = None
+    closed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.noise < 1.0 or not 0.0 <= self.nll_share <= 1.0:
@@ -67,14 +69,20 @@ class SequenceMatchSettings:
         return max(self.nll_share, 1.0 - (1.0 - self.nll_share) * 2.0 * step / max(steps, 1))
 
 
-def layout_logits(model: Any, layout: Layout) -> Tensor:
-    """The logits [B, T, V] of a layout's stream: each token sees its ancestors, at its depth."""
+def layout_logits(model: Any, layout: Layout, *, closed: tuple[int, ...] = ()) -> Tensor:
+    """The logits [B, T, V] of a layout's stream: each token sees its ancestors, at its depth; closed: ids with -inf."""
     flexible = getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention"
     mask = block_mask(layout) if flexible else additive_mask(layout, next(model.parameters()).dtype)
     found: Tensor = model(
         input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
     ).logits
-    return found
+    return _without(found, closed)
+
+
+def _without(logits: Tensor, closed: tuple[int, ...]) -> Tensor:
+    if not closed:
+        return logits
+    return logits.index_fill(-1, torch.tensor(closed, device=logits.device), -torch.inf)
 
 
 def likely_tokens(model: Any, *, begin: int, above: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -143,11 +151,12 @@ class SequenceMatchTrainer(Trainer):
         actions, weights = inject_noise(
             ids, share=options.noise, vocabulary=self.backspace, backspace=self.backspace, generator=draw,
             mask_noise=options.mask_noise,
+            exclude=lambda _, wrong: torch.isin(wrong, torch.tensor(options.closed, device=wrong.device)),
         )  # fmt: skip
         data = backspace_layout(actions, backspace=self.backspace, begin=self.begin, weights=weights)
         own = backspace_layout(self._sampled(len(ids), draw), backspace=self.backspace, begin=self.begin)
-        logits = layout_logits(model, data)
-        streams = (logits, data, layout_logits(model, own), own)
+        logits = layout_logits(model, data, closed=options.closed)
+        streams = (logits, data, layout_logits(model, own, closed=options.closed), own)
         shared: dict[str, Any] = {
             "backspace": self.backspace, "alpha": options.alpha, "gamma": options.gamma, "end": options.end,
             "terminal": "bootstrap" if options.end is None else options.terminal,
@@ -179,10 +188,11 @@ class SequenceMatchTrainer(Trainer):
         super().log(logs, start_time)
 
     def _refresh(self, draw: torch.Generator) -> None:
-        policy = self.accelerator.unwrap_model(self.model)
+        policy, closed = self.accelerator.unwrap_model(self.model), self.settings.closed
         found = generate_with_backspace(
             policy, self.settings.samples, backspace=self.backspace, begin=self.begin, length=self.settings.length,
             most_actions=3 * self.settings.length, generator=draw, end=self.settings.end,
+            processor=(lambda _, logits: _without(logits, closed)) if closed else None,
         )  # fmt: skip
         self.buffer = [*found, *self.buffer][: self.settings.kept]
 

@@ -230,8 +230,8 @@ def policy_entropy(logits: Tensor, layout: Layout) -> Tensor:
     """
     held = layout.held
     rows = torch.arange(len(held), device=logits.device).unsqueeze(1).expand_as(held)[held]
-    log_prob = logits[rows, layout.state_index[held]].float().log_softmax(-1)
-    return -(log_prob.exp() * log_prob).sum(-1).mean()
+    law = logits[rows, layout.state_index[held]].float().softmax(-1)
+    return torch.special.entr(law).sum(-1).mean()
 
 
 def _scale(part: _Transitions, normalise: str) -> Tensor | float:
