@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from kullback.distill.objective import Objective
 from kullback.distill.pld import pld_objective
 from kullback.distill.served import ServedTeacher
 from kullback.distill.teachers import CachedTeacher, is_teacher_cache, teacher_logits, write_teacher_cache
-from kullback.divergences import f_divergence, kl
+from kullback.divergences import f_divergence, kl, renyi
 from kullback.models.small import small_llama
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,6 +76,23 @@ def test_drawn_tokens_are_stored_and_cost_what_they_take(model, blocks, tmp_path
     whole = objective.loss(TeacherOutput(logits=expected), student, ids)
     assert objective.loss(said, student, ids) == pytest.approx(whole.item(), rel=0.2)
     assert abs(objective.loss(said._replace(tail_ids=None), student, ids) - whole) > 0.5 * whole
+
+
+def test_bd_kd_and_renyi_from_a_cache_come_close_to_those_of_the_live_teacher(model, blocks, tmp_path, generator):
+    write(model, blocks, tmp_path / "cache", drawn=40, temperature=2.0)
+    ids = torch.stack([block["input_ids"] for block in blocks])
+    said = CachedTeacher(tmp_path / "cache", temperature=2.0)(ids, torch.ones_like(ids))
+    states, head = torch.randn(7, T, 4, generator=generator), torch.randn(V, 4, generator=generator)
+    live = TeacherOutput(logits=log_probs(model, ids))
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -100)
+    made = bdkd_objective(temperature=2.0), Objective(divergence=partial(renyi, alpha=2.0), temperature=2.0)
+    for objective in made:
+        whole, found, coarse = (
+            objective.loss(target, states, labels, weight=head).item()
+            for target in (live, said, said._replace(tail_ids=None, tail_log_probs=None))
+        )
+        assert found == pytest.approx(whole, rel=0.05)
+        assert coarse < 0.8 * whole, "one bin for the tail is seen"
 
 
 def test_a_cache_is_asked_only_about_what_it_holds(model, blocks, tmp_path):
