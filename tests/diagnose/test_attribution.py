@@ -83,6 +83,28 @@ def test_both_dimensions_are_solved_alike(networks):
         torch.testing.assert_close(trak.scores((inputs[:count], labels[:count]), test), expected)
 
 
+def test_projections_keep_products_of_gradients(networks):
+    """On average over draws, dense or sparse; the sparse one is a matrix with one sign in each row."""
+    inputs, labels = classes()
+    network = networks.member(0)
+    exact = features(network).features(inputs, labels)
+    gram = exact @ exact.T
+    for projection in ("dense", "sparse"):
+        errors, total = [], torch.zeros_like(gram)
+        for seed in range(200):
+            trak = TRAKFeatures(network, dimensions=16, generator=generator(seed, "sketch"), projection=projection)
+            phi = trak.features(inputs, labels)
+            total += phi @ phi.T / 200
+            errors.append((phi @ phi.T - gram).norm() / gram.norm())
+        assert (total - gram).norm() / gram.norm() < 0.25 * torch.stack(errors).mean()
+    matrix = torch.zeros(27, 16).scatter(1, trak.places.unsqueeze(1), trak.projection).double()
+    torch.testing.assert_close(phi, exact @ matrix)
+    assert trak.logit_features(inputs).shape == (60, 3, 16)
+    torch.testing.assert_close(trak.logit_features(inputs), features(network).logit_features(inputs) @ matrix)
+    with pytest.raises(ConfigError, match="sparse"):
+        TRAKFeatures(network, dimensions=16, generator=generator(0), projection="fourier")
+
+
 def test_logit_scores_predict_retraining_without_points():
     """Softmax regression to its optimum: one point left out moves the logits as the scores say, up to curvature."""
     inputs, labels = classes(80)

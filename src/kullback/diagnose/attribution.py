@@ -165,25 +165,33 @@ class TRAKFeatures:
     """Projected gradients of a model's outputs, and the attributions that they give.
 
     model: a module from [n, ...] to logits [n, C]; dimensions: of the random projection, None for the gradients
-    themselves; penalty: l; chunk: points at once. Projections are signs from the generator, divided by sqrt(k).
+    themselves; penalty: l; chunk: points at once. A dense projection is of signs from the generator, over sqrt(k); a
+    sparse one adds each entry of a gradient, with a random sign, to one dimension, which costs a pass and no product.
     """
 
     def __init__(
         self, model: torch.nn.Module, *, dimensions: int | None, generator: torch.Generator, penalty: float = 1e-3,
-        chunk: int = 256,
+        chunk: int = 256, projection: Literal["dense", "sparse"] = "dense",
     ) -> None:  # fmt: skip
         self.model, self.penalty, self.chunk = model, penalty, chunk
         self.parameters = {name: p.detach() for name, p in model.named_parameters()}
         size = sum(p.numel() for p in self.parameters.values())
         self.projection: Tensor | None = None
+        self.places: Tensor | None = None  # of a sparse projection, whose signs are the projection's one column
+        self.dimensions = dimensions
         _check_penalty(penalty)
         if chunk < 1 or not size:
             raise ConfigError(f"chunk is 1 or more and the model has parameters, got {chunk} and {size} parameters")
         if dimensions is not None:
             if dimensions < 1:
                 raise ConfigError(f"a projection has a dimension at least, got {dimensions}")
-            signs = torch.randint(2, (size, dimensions), generator=generator, dtype=torch.int8)
-            self.projection = (2.0 * signs.float() - 1.0) / math.sqrt(dimensions)
+            if projection not in ("dense", "sparse"):
+                raise ConfigError(f'projection is "dense" or "sparse", not {projection!r}')
+            columns = dimensions if projection == "dense" else 1
+            signs = 2.0 * torch.randint(2, (size, columns), generator=generator, dtype=torch.int8).float() - 1.0
+            self.projection = signs / math.sqrt(columns)
+            if projection == "sparse":
+                self.places = torch.randint(dimensions, (size,), generator=generator)
 
     def features(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """phi [n, k]: the gradient of each point's margin. Raises ShapeError, DataError."""
@@ -200,8 +208,7 @@ class TRAKFeatures:
         for start in range(0, len(inputs), self.chunk):
             rows = slice(start, start + self.chunk)
             gradients = found(self.parameters, inputs[rows], labels[rows])
-            flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
-            parts.append(flat if self.projection is None else flat @ self.projection.to(flat.dtype))
+            parts.append(self._projected(torch.cat([g.flatten(1) for g in gradients.values()], 1)))
         return torch.cat(parts)
 
     def logit_features(self, inputs: Tensor) -> Tensor:
@@ -211,9 +218,18 @@ class TRAKFeatures:
         parts = []
         for start in range(0, len(inputs), self.chunk):
             slopes = found(self.parameters, inputs[start : start + self.chunk])
-            flat = torch.cat([g.flatten(2) for g in slopes.values()], 2)
-            parts.append(flat if self.projection is None else flat @ self.projection.to(flat.dtype))
+            parts.append(self._projected(torch.cat([g.flatten(2) for g in slopes.values()], 2)))
         return torch.cat(parts)
+
+    def _projected(self, flat: Tensor) -> Tensor:
+        """Gradients [..., D] to [..., k]."""
+        if self.projection is None:
+            return flat
+        signs = self.projection.to(flat)
+        if self.places is None:
+            return flat @ signs
+        empty = flat.new_zeros(*flat.shape[:-1], self.dimensions or 0)
+        return empty.index_add_(-1, self.places.to(flat.device), flat * signs.squeeze(1))
 
     def _check(self, inputs: Tensor) -> None:
         if not len(inputs):

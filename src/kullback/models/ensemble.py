@@ -22,7 +22,7 @@ from kullback.core.errors import ConfigError, DataError, ShapeError
 __all__ = ["EnsembleMLP", "StackedEnsemble", "train_ensemble"]
 
 
-_TOGETHER = 50  # models whose activations stay in a processor's cache
+_TOGETHER = 100  # models whose activations stay in the last cache of a processor
 
 Ensemble = TypeVar("Ensemble", bound="EnsembleMLP | StackedEnsemble")
 
