@@ -186,7 +186,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             which = "language model" if model else "bandit"
             first.set(xlabel="step", ylabel="chance of the right answer", title=which)
             second.set(xlabel="step", ylabel="KL(student, teacher) (nats)", title=which)
-        axes[0].legend(frameon=False, fontsize=6, loc="lower right")
+        axes[0].legend(edgecolor="none", framealpha=0.9, fontsize=6, loc="lower right")
         axes[2].legend(frameon=False, fontsize=6)
 
 
