@@ -107,7 +107,8 @@ def test_bad_text_is_one_sentence_and_leaves_nothing(world, folder, capsys):
         pair = ["--teacher", str(world / "teacher"), "--student", str(world / "student"), "--data", name]
         assert word in refused(capsys, ["distill", *pair, *FEW])
         assert not list(folder.rglob("run.toml"))
-        assert word in refused(capsys, ["teacher-cache", "cache", "--teacher", str(world / "teacher"), "--data", name])
+        cache = ["teacher-cache", "cache", "--teacher", str(world / "teacher"), "--data", name, *FEW[4:]]
+        assert word in refused(capsys, cache)
         assert not (folder / "cache").exists()
 
 
