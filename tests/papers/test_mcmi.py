@@ -62,7 +62,9 @@ def test_noise_is_of_each_image_and_a_series_has_every_share(monkeypatch):
 
 
 @pytest.mark.reproduce
-def test_one_seed_and_its_figure(tmp_path):
+@pytest.mark.slow
+def test_one_seed_and_its_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "STEPS", 60)  # of the students of shares, whose gains are not judged here
     report = study.reproduce(Run.start(tmp_path / "run", {}, kind="reproduce", seed=2))
     card = tomllib.loads(resources.files("kullback.papers.mcmi").joinpath("card.toml").read_text())
     assert {claim["metric"] for claim in card["claims"]} <= set(report.metrics)
