@@ -12,7 +12,7 @@ from kullback.align.difficulty import (
 )
 from kullback.align.difficulty_sampler import FilteredBatch, FilteredSource, OnlineDifficultySampler, StarvationWarning
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
-from kullback.align.evidence import PriorSampler, log_evidence, posterior_sample, suffix_move, token_move
+from kullback.align.evidence import PriorSampler, from_policy, log_evidence, posterior_sample, suffix_move, token_move
 from kullback.align.f_dpg import (
     FDpg,
     PartitionEstimator,
@@ -233,6 +233,7 @@ __all__ = [
     "fdpg_loss",
     "fdpo_loss",
     "fppo_penalty",
+    "from_policy",
     "fsft_loss",
     "generalised_advantages",
     "geometric_soup",

@@ -181,13 +181,13 @@ def rehearse(
     answers: int = 8,
     threshold: float = 0.75,
     kept: int = 1,
-    correct_from: float = 1.0,
+    correct_over: float = 0.5,
     batch: int = 16,
     pad: int = 0,
 ) -> tuple[Partition, RehearsalBuffer]:
     """The first stage, once, with the policy to be trained: partition the prompts of these numbers and fill a buffer.
 
-    source: draws completions with their rewards, as `ScoredRollouts`; a reward of correct_from or more is correct;
+    source: draws completions with their rewards, as `ScoredRollouts`; a reward over correct_over is correct;
     answers: drawn for the pass rate of a prompt; kept: drawn afresh for the buffer of a mastered one, 1 as published,
     more where prompts are few; batch: prompts at once. The partition has the numbers given.
     """
@@ -201,11 +201,11 @@ def rehearse(
         return [source(model, part, group=group, generator=generator) for part in parts]
 
     rewards = torch.cat([found.reshape(-1, answers).cpu() for _, found in drawn(list(prompts), answers)])
-    split = partition_by_pass_rate(rewards >= correct_from, threshold=threshold)
+    split = partition_by_pass_rate(rewards > correct_over, threshold=threshold)
     numbers = torch.tensor(list(prompts))
     named = Partition(numbers[split.mastered], numbers[split.exploring])
     fresh = drawn(named.mastered.tolist(), kept)
     buffer = RehearsalBuffer(temperature=fresh[0][0].temperature if fresh else 1.0, pad=pad)
     for rollouts, found in fresh:
-        buffer.add(rollouts, found >= correct_from)
+        buffer.add(rollouts, found > correct_over)
     return named, buffer

@@ -65,7 +65,8 @@ def _check_paths(models: list[tuple[str, str]], data: str, out: Path | None) -> 
     from kullback.core.errors import CheckpointError, DataError
 
     for role, place in models:
-        if place and not Path(place).expanduser().is_dir():
+        served = role == "reference" and place.startswith(("http://", "https://"))
+        if place and not served and not Path(place).expanduser().is_dir():
             raise DataError(f"{role} {place} is not a directory: download the model first and name its folder")
     if data and not Path(data).expanduser().exists():
         raise DataError(f"{data} does not exist: name a file of JSONL or Parquet, or a folder of them")

@@ -45,7 +45,7 @@ def _draw(work: Alignment, choice: Choice, policy: Any, run: Run) -> None:
     source = work.rollouts(work.examples, work.reward_failed(run))
     partition, buffer = rehearse(
         source, policy.eval(), range(len(work.examples)), generator=generator(run.seed, "rehearsal"),
-        answers=options.answers, threshold=options.threshold, kept=options.kept, correct_from=config.reward.correct,
+        answers=options.answers, threshold=options.threshold, kept=options.kept, correct_over=config.reward.correct,
         batch=config.sampling.batch or 16, pad=work.tokenizer.eos_token_id,
     )  # fmt: skip
     buffer.save(run.path / "rehearsal.safetensors")
