@@ -300,3 +300,24 @@ def test_a_filtered_source_with_too_few():
     assert rollouts.prompt_index.tolist() == [2] * 8 + [1] * 8
     with pytest.raises(DataError):
         join_rollouts([])
+
+
+def test_a_filtered_source_with_a_tracker_asks_for_what_will_be_kept():
+    solved = [8] * 20 + [4] * 4 + [0] * 20
+    drawn = {}
+    for tracked in (False, True):
+        told = []
+        made = FilteredSource(
+            source=Source(solved), keep=difficulty_filter("balanced"),
+            told=lambda *counts, told=told: told.append(counts),
+            tracker=PassRateTracker(len(solved)) if tracked else None,
+        )  # fmt: skip
+        for step in range(30):
+            _, rewards = made(None, [0, 30], group=8, generator=stream(step))
+            assert rewards.reshape(2, 8).sum(1).tolist() == [4.0, 4.0]
+        drawn[tracked] = sum(counts[0] for counts in told[10:])
+    assert drawn[True] < 0.5 * drawn[False]
+    again = FilteredSource(source=Source(solved), keep=made.keep, tracker=PassRateTracker(len(solved)))
+    again.load_state_dict(made.state_dict())
+    numbers = [one(None, [0, 1], group=8, generator=stream(99))[0].prompt_index for one in (again, made)]
+    assert torch.equal(*numbers)

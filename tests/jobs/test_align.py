@@ -264,6 +264,24 @@ def test_groups_of_one_difficulty(kept, adder, tmp_path):
     assert events(run.path)[-1]["divergence"] > 1e-6
 
 
+def test_tracked_pass_rates_are_resumed_in_the_same_bits(adder, tmp_path):
+    sampling = job.SamplingConfig(group=4, validation=4, filter="balanced", most_draws=20, tracked=True)
+    config = with_training(align_config(adder, sampling=sampling), steps=8, evaluate_every=8)
+
+    def killer(event):
+        if event["kind"] == "progress" and event["step"] == 5:
+            raise KeyboardInterrupt
+
+    straight = job.run(config, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        job.run(config, tmp_path / "killed", listen=killer)
+    resumed = job.resume(tmp_path / "killed")
+    assert all(torch.equal(tensor, weights(resumed.path)[name]) for name, tensor in weights(straight.path).items())
+    untracked = replace(config, sampling=replace(sampling, tracked=False))
+    other = weights(job.run(untracked, tmp_path / "untracked").path)
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in weights(straight.path).items())
+
+
 @pytest.mark.parametrize("method", ["dph-rl", "kdrl", "ppo of several epochs", "offline f-dpg", "nash-md"])
 def test_no_method_minds_a_reward_that_comes_and_goes(method, adder, tmp_path):
     """It raises, hangs, is NaN, or the same for all, one call after the other: the run goes on and stays sound."""
@@ -385,6 +403,7 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"sampling": job.SamplingConfig(server="http://x", temperature=0.5)}, ConfigError, "temperature 1"),
         ({"method": "dpo", "sampling": job.SamplingConfig(server="http://x")}, ConfigError, "sampling.server"),
         ({"sampling": job.SamplingConfig(filter="heavy")}, ConfigError, "heavy"),
+        ({"sampling": job.SamplingConfig(tracked=True)}, ConfigError, "name a filter"),
         ({"sampling": job.SamplingConfig(filter="balanced", filter_threshold=0.7)}, ConfigError, "thresholds"),
         ({"method": "dpo", "sampling": job.SamplingConfig(filter="balanced")}, ConfigError, "sampling.filter"),
         ({"model": ""}, ConfigError, "no model"),

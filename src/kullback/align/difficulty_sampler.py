@@ -264,13 +264,17 @@ class FilteredSource:
 
     It is called as the source itself is: with the numbers of prompts to begin with; in place of those that the filter
     rejects, others are drawn, at most `max_draws` prompts in all. Where too few were kept, the groups that were are
-    handed out again; where none was, those first asked for. told: is called with draws and kept, for a log.
+    handed out again; where none was, those first asked for. told: is called with draws and kept, for a log. tracker:
+    remembers the pass rate of every prompt, and then all prompts are drawn, each as likely as it is to be kept, but
+    `floor` at least; only their number is taken from those to begin with.
     """
 
     source: Any
     keep: DifficultyFilter
     max_draws: int = 256
     told: Callable[[int, int], None] | None = None
+    tracker: PassRateTracker | None = None
+    floor: float = 0.1
 
     def __len__(self) -> int:
         return len(self.source)
@@ -279,9 +283,8 @@ class FilteredSource:
         self, model: Any, index: Sequence[int], *, group: int, generator: torch.Generator
     ) -> tuple[Rollouts, Tensor]:
         """Rollouts and rewards of as many prompts as `index` has."""
-        wanted, asked = len(index), list(index)
-        others = torch.randperm(len(self), generator=generator, device=generator.device).tolist()
-        rest = [number for number in others if number not in set(index)]
+        wanted = len(index)
+        asked, rest = self._order(index, group, generator)
         rollouts: list[Rollouts] = []
         rewards: list[Tensor] = []
         kept: list[int] = []
@@ -291,11 +294,34 @@ class FilteredSource:
             rollouts.append(found)
             rewards.append(scores)
             kept += [draws + at for at in self.keep(scores.reshape(-1, group)).nonzero().flatten().tolist()]
+            if self.tracker is not None:
+                self.tracker.update(asked, scores.reshape(-1, group).double().sum(1).cpu(), group)
             draws += len(asked)
             room = max(min(wanted, self.max_draws - draws), 0) if len(kept) < wanted else 0
             asked, rest = rest[:room], rest[room:]
         if self.told is not None:
             self.told(draws, len(kept))
-        chosen = [kept[place % len(kept)] for place in range(wanted)] if kept else list(range(wanted))
+        chosen = [kept[place % len(kept)] if kept else place % draws for place in range(wanted)]
         rows = torch.tensor([at * group + answer for at in chosen for answer in range(group)])
         return join_rollouts(rollouts).select(rows), torch.cat(rewards)[rows.to(rewards[0].device)]
+
+    def _order(self, index: Sequence[int], group: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+        """The prompts to begin with, and those that may follow, in their order."""
+        if self.tracker is None:
+            others = torch.randperm(len(self), generator=generator, device=generator.device).tolist()
+            return list(index), [number for number in others if number not in set(index)]
+        likely = self.tracker.acceptance(group, keep=self.keep)
+        chance = (likely / likely.max().clamp(min=1e-300)).clamp(min=self.floor)
+        draws = torch.rand(len(self), generator=generator, device=generator.device).double().cpu()
+        # Exponential clocks at these rates: what rings first is a draw without replacement, one after the other.
+        order = (-draws.clamp(min=1e-12).log() / chance).argsort().tolist()
+        return order[: len(index)], order[len(index) :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the tracker knows; empty without one."""
+        return {} if self.tracker is None else self.tracker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give it back."""
+        if self.tracker is not None and state:
+            self.tracker.load_state_dict(state)

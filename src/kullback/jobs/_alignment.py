@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kullback.align._hf import AlignTrainer, Reference, adapter_reference, frozen_reference, index_items
-from kullback.align.difficulty import DifficultyFilter, difficulty_filter
+from kullback.align.difficulty import DifficultyFilter, PassRateTracker, difficulty_filter
 from kullback.align.difficulty_sampler import FilteredSource
 from kullback.align.f_dpg import FDpg
 from kullback.align.scored import ScoredRollouts
@@ -34,6 +34,8 @@ from kullback.jobs.align import AlignConfig, MethodConfig, RewardConfig, Samplin
 from kullback.models.adapters import check_one_base
 
 __all__ = ["Alignment", "Part"]
+
+_FORGETTING = 0.5  # of a tracked pass rate at each new look: the policy has moved since
 
 
 class _Trainer(RunCheckpoints, AlignTrainer):
@@ -180,9 +182,11 @@ class Alignment:
         )
         if not sampling.filter:
             return source
+        tracker = PassRateTracker(len(self.examples), forgetting=_FORGETTING) if sampling.tracked else None
         return FilteredSource(
-            source=source, keep=self._filter(), max_draws=sampling.most_draws, told=self._groups_told(run)
-        )
+            source=source, keep=self._filter(), max_draws=sampling.most_draws, told=self._groups_told(run),
+            tracker=tracker,
+        )  # fmt: skip
 
     def _filter(self) -> DifficultyFilter:
         mode: Any = self.config.sampling.filter

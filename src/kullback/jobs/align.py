@@ -64,7 +64,8 @@ class SamplingConfig:
     of an OpenAI-compatible server that draws the training completions in the policy's place, from a copy of it: they
     have the server's log-probabilities, to which the ratio is clipped; filter: balanced, easy, hard or nonzero, to
     train on groups of that difficulty only, drawing at most most_draws prompts a step for them; filter_threshold: t,
-    where the share of right answers is from t on (easy), up to 1 - t (hard), or both (balanced).
+    where the share of right answers is from t on (easy), up to 1 - t (hard), or both (balanced); tracked: remember each
+    prompt's pass rate, of late above all, and draw those that are likely to be kept.
     """
 
     group: int = 8
@@ -74,6 +75,7 @@ class SamplingConfig:
     server: str = ""
     filter: str = ""
     filter_threshold: float = 0.25
+    tracked: bool = False
     most_draws: int = 256
 
 
@@ -82,8 +84,9 @@ class AlignConfig:
     """The whole configuration of `kullback align`.
 
     model: a model directory, empty for the embedded one; reference: directories of the reference policy, none for the
-    model as it starts out, several for their average (a soup), with reference_weights, equal ones by default. Batches
-    are of `training.batch` prompts or pairs.
+    model as it starts out, several for their average (a soup), with reference_weights, equal ones by default; or the
+    address of an OpenAI-compatible server of one, asked how probable it finds the tokens drawn. Batches are of
+    `training.batch` prompts or pairs.
     """
 
     model: str = ""
@@ -167,6 +170,8 @@ def check(config: AlignConfig) -> None:
             "sampling.group is at least 1, sampling.validation at least 2 and sampling.batch 0 or more: got "
             f"{sampling.group}, {sampling.validation} and {sampling.batch}"
         )
+    if sampling.tracked and not sampling.filter:
+        raise ConfigError("sampling.tracked predicts what sampling.filter keeps: name a filter, or leave it out")
     if not sampling.temperature > 0:
         raise ConfigError(f"sampling.temperature must be > 0, got {sampling.temperature}")
     if sampling.server and sampling.temperature != 1:
