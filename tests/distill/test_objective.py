@@ -172,7 +172,7 @@ def test_what_cannot_be_is_said(parts):
     labels, weight = parts["labels"], parts["weight"]
     with pytest.raises(ConfigError, match=r"\[0, 1\], got 1.5"):
         Objective(divergence=kl, cross_entropy=1.5)
-    with pytest.raises(ConfigError, match="temperature must be > 0"):
+    with pytest.raises(ConfigError, match="temperature must be positive and finite"):
         Objective(divergence=kl, temperature=0.0)
     with pytest.raises(ConfigError, match="needs a teacher"):
         Objective(divergence=kl).loss(None, parts["student"], labels, weight=weight)
