@@ -6,7 +6,7 @@ trl's loss is its trainer's own method with its fused head, called on a stand-in
 the parts alone, GRPO without a reference stands beside GRPO without a reference. One thread, float32; times are
 medians of the processor's time, ours and the peer's in turn; "ratio" is the median of the peer's time over ours.
 
-"chunks" forms the logits of all chunks but one twice, so as to hold a chunk of 16 MiB alone: up to four matrix products,
+"chunks" forms the logits of all chunks but one twice, so as to hold a chunk of 16 MiB alone: up to four products,
 where whole logits take three. "three products" are those alone, without which no way of taking the gradient can do; a
 time of 0.6 of whole logits was asked for, and they are 0.5 to 0.6 of it by themselves on this processor.
 """
