@@ -9,6 +9,7 @@ import torch
 
 from kullback.core.rng import generator as stream
 from kullback.core.runs import Run
+from kullback.models.perceptron import perceptron
 from kullback.papers.bd_kd import reproduce as study
 
 
@@ -27,8 +28,8 @@ def test_alone_the_student_is_the_same_whatever_stands_beside_it(monkeypatch):
     data = study.digits(0, 100, 0.3)
     found = []
     for width, mode in ((8, None), (16, None), (16, "bdkd")):
-        teacher = study.network(64, width, 10, source=stream(0, "teacher"))
-        student = study.network(64, 4, 10, source=stream(0, "student"))
+        teacher = perceptron(64, width, 10, generator=stream(0, "teacher"))
+        student = perceptron(64, 4, 10, generator=stream(0, "student"))
         shares = study.train([teacher, student], [1e-3, 3e-3], data, mode, seed=0)
         found.append(torch.nn.utils.parameters_to_vector(student.parameters()).detach())
         assert shares == [0.0] or (mode is not None and len(shares) == 1)

@@ -10,6 +10,7 @@ import torch
 from kullback.core.rng import generator as stream
 from kullback.core.runs import Run
 from kullback.distill.mcmi_teacher import measured
+from kullback.models.perceptron import perceptron
 from kullback.papers.mcmi import reproduce as study
 
 
@@ -23,7 +24,7 @@ def test_digits_are_split_without_overlap_and_by_the_seed():
 
 def test_a_temperature_spreads_the_outputs_and_moves_no_decision(generator):
     data = study.digits(0)
-    model = study.network(64, 16, study.CLASSES, source=stream(0, "x"))
+    model = perceptron(64, 16, study.CLASSES, generator=stream(0, "x"))
     plain, warm = (
         measured(one, [(data.inputs, data.labels)], study.CLASSES) for one in (model, study.Tempered(model, 0.5))
     )
@@ -54,7 +55,7 @@ def test_noise_is_of_each_image_and_a_series_has_every_share(monkeypatch):
     monkeypatch.setattr(study, "SERIES", ("weight 0", "weight 0.25"))
     monkeypatch.setattr(study, "FRACTIONS", (0.05, 1.0))
     monkeypatch.setattr(study, "STEPS", 64)
-    found = {name: study.network(64, 16, study.CLASSES, source=stream(0, name)) for name in study.SERIES}
+    found = {name: perceptron(64, 16, study.CLASSES, generator=stream(0, name)) for name in study.SERIES}
     rows = study.series(0, found, data, "digits")
     assert [(row["fraction"], row["teacher"]) for row in rows] == [(f, n) for f in (0.05, 1.0) for n in found]
     assert all(0.0 <= row["student_accuracy"] <= 100.0 for row in rows)

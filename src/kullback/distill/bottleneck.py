@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.distill.sinkd import gather_rows
 from kullback.divergences.cauchy_schwarz_samples import conditional_cs, cs_qmi_normalized, median_bandwidth
+from kullback.models.perceptron import perceptron
 
 __all__ = ["Bandwidth", "Bottleneck", "BottleneckOutput", "CSIBLoss", "bandwidth_of", "fgsm", "pgd"]
 
@@ -137,12 +137,12 @@ class Bottleneck(nn.Module):
         if not hidden or min(inputs, outputs, k, *hidden) < 1:
             raise ConfigError(f"widths are at least 1, one of them hidden: {inputs}, {tuple(hidden)}, {k}, {outputs}")
         self.inputs = inputs
-        self.encoder = _perceptron((inputs, *hidden), generator)
+        self.encoder = perceptron(inputs, *hidden, generator=generator)
         self.encoder.append(nn.ReLU())
         width = hidden[-1]
-        self.mean = _perceptron((width, k), generator)
-        self.log_variance = _perceptron((width, k), generator) if stochastic else None
-        self.decoder = _perceptron((k, width, outputs), generator)
+        self.mean = perceptron(width, k, generator=generator)
+        self.log_variance = perceptron(width, k, generator=generator) if stochastic else None
+        self.decoder = perceptron(k, width, outputs, generator=generator)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> BottleneckOutput:
         """All that a loss may want of rows x [n, d]; noise is drawn from the generator."""
@@ -156,16 +156,6 @@ class Bottleneck(nn.Module):
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
             t = mean + (0.5 * log_variance).exp() * noise.to(mean.device)
         return BottleneckOutput(self.decoder(t), t, mean, log_variance)
-
-
-def _perceptron(widths: tuple[int, ...], generator: torch.Generator) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inside, outside in pairwise(widths):
-        linear: Any = nn.utils.skip_init(nn.Linear, inside, outside)
-        for parameter in linear.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(inside), 1 / math.sqrt(inside), generator=generator)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 # --- attacks

@@ -7,9 +7,7 @@ Temperature scaling, fitted on held-out images, is the line that online distilla
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from kullback.data import arrays
 from kullback.diagnose.calibration import ece, fit_temperature, nll, reliability
 from kullback.distill.bd_kd import Mode
 from kullback.distill.online import OnlineDistiller, OnlineLoss
+from kullback.models.perceptron import perceptron
 
 __all__ = ["draw", "reproduce"]
 
@@ -50,17 +49,6 @@ def digits(seed: int, train: int, wrong: float) -> dict[str, Tensor]:
         "inputs": inputs[first], "labels": given, "validation": inputs[second], "validation_labels": labels[second],
         "test": inputs[third], "test_labels": labels[third],
     }  # fmt: skip
-
-
-def network(*widths: int, source: torch.Generator) -> nn.Sequential:
-    """A multilayer perceptron with ReLU between its layers."""
-    layers: list[nn.Module] = []
-    for inside, outside in pairwise(widths):
-        linear = nn.utils.skip_init(nn.Linear, inside, outside)
-        for parameter in linear.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(inside), 1 / math.sqrt(inside), generator=source)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def train(
@@ -110,8 +98,8 @@ def study(seed: int, setting: str) -> list[dict[str, Any]]:
     images, wrong, hidden = SETTINGS[setting]
     data, rows = digits(seed, images, wrong), []
     for method, mode in METHODS.items():
-        teacher = network(64, 256, 256, 10, source=generator(seed, "teacher"))
-        student = network(64, hidden, 10, source=generator(seed, "student"))
+        teacher = perceptron(64, 256, 256, 10, generator=generator(seed, "teacher"))
+        student = perceptron(64, hidden, 10, generator=generator(seed, "student"))
         shares = train([teacher, student], [1e-3, 3e-3], data, mode, seed)
         for role, net in (("teacher", teacher), ("student", student)):
             row = {"setting": setting, "method": method, "network": role, **measured(net, data)}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from kullback.distill.mcmi_teacher import (
     measured,
     zero_shot_distill,
 )
+from kullback.models.perceptron import perceptron
 
 __all__ = ["draw", "reproduce"]
 
@@ -63,17 +63,6 @@ def noisy(seed: int, data: Datasets) -> Datasets:
     })  # fmt: skip
 
 
-def network(*widths: int, source: torch.Generator) -> nn.Sequential:
-    """A multilayer perceptron with ReLU between its layers."""
-    layers: list[nn.Module] = []
-    for inside, outside in pairwise(widths):
-        linear = nn.utils.skip_init(nn.Linear, inside, outside)
-        for parameter in linear.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(inside), 1 / math.sqrt(inside), generator=source)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
 class Tempered(nn.Module):
     """A model whose logits are divided by a temperature."""
 
@@ -88,7 +77,7 @@ class Tempered(nn.Module):
 def teachers(seed: int, data: Datasets, stops: Sequence[int]) -> dict[str, nn.Module]:
     """By name: stopped early, saturated, and from that one on fine-tuned at each weight."""
     found: dict[str, nn.Module] = {}
-    model: nn.Module = network(64, 256, 256, CLASSES, source=generator(seed, "teacher"))
+    model: nn.Module = perceptron(64, 256, 256, CLASSES, generator=generator(seed, "teacher"))
     done, batches = 0, generator(seed, "teacher batches")
     for epochs in (*stops, SATURATED):
         # Adam begins anew at each stop: the path is the same for all who pass it.
@@ -108,7 +97,7 @@ def students(seed: int, found: Mapping[str, nn.Module], data: Datasets) -> list[
     """A row for each teacher: its measures, and those of its students in per cent."""
 
     def distilled(place: str, seen: Datasets, omit: Sequence[int], epochs: int) -> Tensor:
-        fresh = network(64, 32, CLASSES, source=generator(seed, "student"))
+        fresh = perceptron(64, 32, CLASSES, generator=generator(seed, "student"))
         return zero_shot_distill(
             list(found.values()), fresh, seen, omit=omit, kd=partial(kd_loss, alpha=0.9, temperature=4.0),
             epochs=epochs, batch=32, learning_rate=3e-3, generator=generator(seed, "student batches", place),
@@ -144,7 +133,7 @@ def series(seed: int, found: Mapping[str, nn.Module], data: Datasets, place: str
         chosen = balanced_subset(data.labels, fraction, generator=generator(seed, "share", round(100 * fraction)))
         epochs = math.ceil(STEPS / math.ceil(len(chosen) / 32))
         right = zero_shot_distill(
-            several, network(64, 32, CLASSES, source=generator(seed, "student")),
+            several, perceptron(64, 32, CLASSES, generator=generator(seed, "student")),
             data._replace(inputs=data.inputs[chosen], labels=data.labels[chosen]), omit=[], epochs=epochs, batch=32,
             learning_rate=3e-3, generator=generator(seed, "share batches", round(100 * fraction)),
         )  # fmt: skip
