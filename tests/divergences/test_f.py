@@ -283,6 +283,9 @@ def test_log_mixture(generator):
         (lambda p, q: named("zzz"), ConfigError, "the names are alpha_divergence, "),
         (lambda p, q: named("kl", alpha=1.0), ConfigError, "kl takes no option 'alpha': it takes none at all"),
         (lambda p, q: named("renyi", beta=1.0), ConfigError, "renyi takes no option 'beta': it takes alpha"),
+        (lambda p, q: named("skew-kl", alpha=-1.0), ConfigError, r"alpha in \[0, 1\) and got -1.0"),
+        (lambda p, q: named("renyi", alpha=0.0), ConfigError, r"alpha in \(0, inf\) and got 0"),
+        (lambda p, q: kl(p[:, :0], q[:, :0]), ShapeError, "needs an outcome at least"),
         (lambda p, q: named("generalized-jsd"), ConfigError, r"needs beta: named\('generalized_jsd', beta=...\)"),
     ],
 )

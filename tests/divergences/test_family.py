@@ -326,3 +326,8 @@ def test_errors():
         f_divergence("total_variation").link_inverse(torch.zeros(1))
     with pytest.raises(ConfigError, match="samples_from"):
         f_divergence("kl").penalty(torch.zeros(1), samples_from="teacher")
+    for options in ({"alpha": -1.0}, {"alpha": 1.0}, {"alpha": float("nan")}):
+        with pytest.raises(ConfigError, match=r"alpha in \[0, 1\)"):
+            f_divergence("skew_kl", **options)
+    with pytest.raises(ConfigError, match=r"beta in \[0, 1\]"):
+        f_divergence("generalized_jsd", beta=-0.2, normalised=True)

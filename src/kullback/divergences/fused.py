@@ -47,6 +47,8 @@ def check_pair(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """
     if log_p.ndim == 0 or log_q.ndim == 0:
         raise ShapeError("a divergence takes log-probabilities [..., V] and got a scalar: keep the outcome dimension")
+    if log_p.shape[-1] == 0:
+        raise ShapeError("a divergence needs an outcome at least: the last dimension is empty")
     if log_p.shape[-1] != log_q.shape[-1]:
         raise ShapeError(
             f"log_p has {log_p.shape[-1]} outcomes and log_q has {log_q.shape[-1]}: cut both to the shared vocabulary "

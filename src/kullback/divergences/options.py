@@ -36,7 +36,8 @@ NAMES: tuple[str, ...] = tuple(sorted(_BY_NAME))
 def named(name: str, **options: Any) -> Divergence:
     """The divergence called `name` ("reverse_kl" or "reverse-kl"), with its options bound.
 
-    Raises ConfigError for an unknown name, an option that the divergence does not take, or one that it needs.
+    Raises ConfigError for an unknown name, an option that the divergence does not take, one that it needs, or a value
+    out of range.
 
     >>> named("skew-kl", alpha=0.1)(torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log())
     tensor(0.2279)
@@ -60,7 +61,11 @@ def named(name: str, **options: Any) -> Divergence:
     missing = [option for option, p in takes.items() if p.default is p.empty and option not in options]
     if missing:
         raise ConfigError(f"{key} needs {' and '.join(missing)}: named({key!r}, {missing[0]}=...)")
-    return partial(function, **options) if options else function
+    if not options:
+        return function
+    bound = partial(function, **options)
+    bound(torch.zeros(1), torch.zeros(1))  # a value out of range is said here and not at the first step
+    return bound
 
 
 def from_logits(div: Divergence, target: Tensor, model: Tensor, temperature: float = 1.0) -> Tensor:

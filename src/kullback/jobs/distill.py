@@ -139,8 +139,6 @@ def objective_of(config: ObjectiveConfig) -> Objective:
 
 def _divergence(name: str, options: Mapping[str, Any]) -> Divergence:
     """The divergence with its options. ConfigError for one that is missing, of another type, or out of range."""
-    import torch
-
     from kullback import divergences as room
 
     takes = {p.name: p.default for p in signature(getattr(room, name)).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -153,8 +151,7 @@ def _divergence(name: str, options: Mapping[str, Any]) -> Divergence:
         for option, value in options.items()
         if option in takes
     }
-    one = torch.zeros(1, 1)
-    room.named(name, **{**options, **given})(one, one)  # what is out of range is said before a run begins
+    room.named(name, **{**options, **given})  # also what it does not take is said before a run begins
     return room.f_divergence(name, **given) if name in room.F_NAMES else room.named(name, **given)
 
 
