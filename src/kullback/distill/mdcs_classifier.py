@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kullback.core.errors import ConfigError, DataError, NotFitted, ShapeError
 from kullback.core.rng import generator as stream
+from kullback.distill._averages import WeightAverage
 from kullback.distill.mdcs import LAM, MDCSLoss
 from kullback.models.experts import CosineHead, ExpertLinear, MultiExpert
 
@@ -41,8 +42,9 @@ class MDCSClassifier:
     lam: a strength for each expert; alpha, warm_epochs and options: of the loss, see `MDCSLoss`; hidden, width: units
     of the shared layer and of each expert's own; scale: of the cosine heads, above the largest lam times
     log(imbalance). augment_weak, augment_strong: (rows [b, d], generator) to rows; the default ones are for features of
-    about unit size. Trained by SGD with Nesterov momentum and a learning rate that falls to 0 as a cosine. All random
-    numbers come from seed.
+    about unit size. teacher_decay, in [0, 1): of the moving average of the weights over the steps, which then reads the
+    weak view in place of the weights; None for these. Trained by SGD with Nesterov momentum and a learning rate that
+    falls to 0 as a cosine. All random numbers come from seed.
     After fit: model_, classes_, counts_ and history_, a mapping of the loss's terms for each epoch.
 
     >>> x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
@@ -68,6 +70,7 @@ class MDCSClassifier:
         scale: float = 16.0,
         augment_weak: Augment = weak_noise,
         augment_strong: Augment = strong_noise,
+        teacher_decay: float | None = None,
         epochs: int = 40,
         batch: int = 64,
         learning_rate: float = 0.05,
@@ -78,6 +81,7 @@ class MDCSClassifier:
         self.lam, self.alpha, self.warm_epochs, self.options = lam, alpha, warm_epochs, options
         self.hidden, self.width, self.scale = hidden, width, scale
         self.augment_weak, self.augment_strong = augment_weak, augment_strong
+        self.teacher_decay = teacher_decay
         self.epochs, self.batch, self.learning_rate = epochs, batch, learning_rate
         self.momentum, self.weight_decay, self.seed = momentum, weight_decay, seed
 
@@ -201,6 +205,9 @@ def _train(members: Sequence[MDCSClassifier], rows: Tensor, labels: Tensor, loss
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, first.epochs)
     orders = [stream(member.seed, "batches") for member in members]
     noises = [stream(member.seed, "views") for member in members]
+    average = None if first.teacher_decay is None else WeightAverage(first.teacher_decay)
+    if average is not None:
+        average.start(network)
     alpha = torch.tensor([member.alpha for member in members]).repeat_interleave(experts)
     for epoch in range(first.epochs):
         loss.set_epoch(epoch)
@@ -208,12 +215,17 @@ def _train(members: Sequence[MDCSClassifier], rows: Tensor, labels: Tensor, loss
         shuffled = torch.stack([torch.randperm(len(rows), generator=order) for order in orders])
         for parts in shuffled.split(first.batch, dim=1):
             views = torch.stack([_views(*each, rows) for each in zip(members, parts, noises, strict=True)])
-            weak, strong = network(views if len(members) > 1 else views[0])["logits"].chunk(2, dim=1)
-            terms = loss(weak, strong, labels[parts].repeat_interleave(experts, 0))
+            views = views if len(members) > 1 else views[0]
+            weak, strong = network(views)["logits"].chunk(2, dim=1)
+            first_views = views.chunk(2, dim=-2)[0]
+            teacher = None if average is None else average(network, first_views)["logits"]
+            terms = loss(weak, strong, labels[parts].repeat_interleave(experts, 0), teacher_logits=teacher)
             weighted = terms["cross_entropy"] + loss.ramp * alpha * terms["consistency"]
             optimizer.zero_grad()
             weighted.sum().backward()
             optimizer.step()
+            if average is not None:
+                average.move(network)
             terms["loss"] = weighted.detach().view(len(members), experts).sum(1)
             share = parts.shape[1] / len(rows)
             for name, value in terms.items():
