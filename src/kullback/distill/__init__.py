@@ -16,6 +16,7 @@ from kullback.distill.bottleneck_bounds import generalisation_proxy, independenc
 from kullback.distill.didi import grouped_advantages, two_step_trajectory
 from kullback.distill.didi_sampler import RGASampler
 from kullback.distill.didi_trainer import DiDiSettings, DiDiTrainer
+from kullback.distill.dkd import dkd_loss, standardised
 from kullback.distill.mcmi import CMIMeter, class_centroids, effective_dimension, empirical_cmi, mcmi_loss
 from kullback.distill.mcmi_teacher import (
     CentroidTracker,
@@ -70,6 +71,7 @@ __all__ = [
     "class_centroids",
     "combine_experts",
     "diversity_logits",
+    "dkd_loss",
     "effective_dimension",
     "empirical_cmi",
     "fgsm",
@@ -85,6 +87,7 @@ __all__ = [
     "pld_objective",
     "robustness_bound",
     "sinkd_loss",
+    "standardised",
     "two_step_trajectory",
     "zero_shot_distill",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from kullback.core.rng import generator
 from kullback.core.runs import Run
 from kullback.core.types import Report
+from kullback.distill.dkd import dkd_loss, standardised
 from kullback.divergences.plackett_luce import listwise_loss, pld_loss, ranking_of
 
 __all__ = ["draw", "reproduce"]
@@ -43,9 +44,16 @@ class KD(NamedTuple):
     weight: float
 
 
-RANKED = ("CE", "ListMLE", "p-ListMLE", "p-ListMLE, teacher", *(f"PLD {temperature:g}" for temperature in TEMPERATURES))
+STANDARDISED = ("PLD, standardised teacher", "PLD, both standardised")
+RANKED = (
+    "CE", "ListMLE", "p-ListMLE", "p-ListMLE, teacher", *(f"PLD {temperature:g}" for temperature in TEMPERATURES),
+    *STANDARDISED,
+)  # fmt: skip
+SMOOTHING, DKD_BETAS = 0.1, (0.5, 1.0, 2.0, 8.0)
+SINGLE = ("DIST", "CE, smoothed")
 DIST = (0.1, 0.45, 0.45)  # the paper's weights of cross-entropy and of the relations in a row and in a column
 TUNED = [KD(temperature, weight) for temperature in KD_TEMPERATURES for weight in KD_WEIGHTS]
+COPIES = len(RANKED) + len(SINGLE) + len(DKD_BETAS) + len(TUNED)  # students, in this order
 
 
 def world(seed: int) -> list[Labelled]:
@@ -133,28 +141,43 @@ def dist_loss(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
     return sum((weight * part for weight, part in zip(DIST, parts, strict=True)), torch.zeros(()))
 
 
-def losses_of(taught: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The sum over all students of their losses: those with a ranking as in RANKED, then DIST, then those of TUNED."""
-    kinds = ["ce", torch.ones(CLASSES), "position", "position_teacher", *(["teacher"] * len(TEMPERATURES))]
-    temperatures = [1.0] * (len(kinds) - len(TEMPERATURES)) + list(TEMPERATURES)
-    rankings = [
-        ranking_of(taught, labels, temperature=temperature, weights=kind)  # type: ignore[arg-type]
-        for kind, temperature in zip(kinds, temperatures, strict=True)
+def rankings_of(taught: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's order [n, V], which all of RANKED share, and the weights [len(RANKED), n, V] of each."""
+    found = [
+        ranking_of(taught, labels, weights=kind)  # type: ignore[arg-type]
+        for kind in ("ce", torch.ones(CLASSES), "position", "position_teacher")
     ]
-    order, by_rank = rankings[0].order, torch.stack([ranking.weights for ranking in rankings])
+    found += [ranking_of(taught, labels, temperature=temperature) for temperature in TEMPERATURES]
+    found += [ranking_of(standardised(taught), labels)] * len(STANDARDISED)
+    return found[0].order, torch.stack([ranking.weights for ranking in found])
+
+
+def as_trained(logits: Tensor) -> Tensor:
+    """Logits [copies, n, V] of all students, of which the last of RANKED has its standardised."""
+    place = len(RANKED) - 1
+    return torch.cat([logits[:place], standardised(logits[place : place + 1]), logits[place + 1 :]])
+
+
+def losses_of(taught: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The sum over all students of their losses: those of RANKED, of SINGLE, of DKD and of TUNED."""
+    order, by_rank = rankings_of(taught, labels)
     heat = torch.tensor([kd.temperature for kd in TUNED]).view(-1, 1, 1)
     share = torch.tensor([kd.weight for kd in TUNED]).unsqueeze(-1)
     targets = {temperature: (taught / temperature).softmax(-1) for temperature in KD_TEMPERATURES}
 
     def loss(rows: Tensor, logits: Tensor) -> Tensor:
-        ranked, related, tuned = logits[: len(RANKED)], logits[len(RANKED)], logits[len(RANKED) + 1 :]
-        listwise = listwise_loss(ranked, order[rows].expand(len(RANKED), -1, -1), by_rank[:, rows])
+        sizes = (len(RANKED), 1, 1, len(DKD_BETAS), len(TUNED))
+        ranked, (related,), (smooth,), decoupled, tuned = as_trained(logits).split(sizes)
+        teacher, own = taught[rows], labels[rows]
+        total = listwise_loss(ranked, order[rows].expand(len(RANKED), -1, -1), by_rank[:, rows]).mean(-1).sum()
+        total = total + dist_loss(teacher, related, own)
+        total = total + torch.nn.functional.cross_entropy(smooth, own, label_smoothing=SMOOTHING)
+        for beta, copy in zip(DKD_BETAS, decoupled, strict=True):
+            total = total + dkd_loss(teacher, copy, own, beta=beta) + torch.nn.functional.cross_entropy(copy, own)
         soft = torch.stack([targets[kd.temperature][rows] for kd in TUNED])
         distance = (soft * (soft.log() - (tuned / heat).log_softmax(-1))).sum(-1)
-        own = labels[rows].expand(len(TUNED), -1).unsqueeze(-1)
-        hard = -tuned.log_softmax(-1).gather(-1, own).squeeze(-1)
-        distilled = ((1 - share) * heat.squeeze(-1) ** 2 * distance + share * hard).mean(-1).sum()
-        return listwise.mean(-1).sum() + dist_loss(taught[rows], related, labels[rows]) + distilled
+        hard = -tuned.log_softmax(-1).gather(-1, own.expand(len(TUNED), -1).unsqueeze(-1)).squeeze(-1)
+        return total + ((1 - share) * heat.squeeze(-1) ** 2 * distance + share * hard).mean(-1).sum()
 
     return loss
 
@@ -170,32 +193,57 @@ def reproduce(run: Run) -> Report:
     draws, drops = generator(run.seed, "teacher batches"), generator(run.seed, "dropout")
     train(teacher, training.inputs, from_labels, draws, TEACHER_RATE, drops, validation)
     with torch.no_grad():
-        taught, of_teacher = forward(teacher, training.inputs)[0], accuracy(forward(teacher, test.inputs), test.labels)
-    run.event("teacher", accuracy=of_teacher[0])
-    students = layers((FEATURES, 32, CLASSES), len(RANKED) + 1 + len(TUNED), generator(run.seed, "student"))
+        taught, right = forward(teacher, training.inputs)[0], forward(teacher, test.inputs)
+    run.event("teacher", accuracy=accuracy(right, test.labels)[0])
+    students = layers((FEATURES, 32, CLASSES), COPIES, generator(run.seed, "student"))
     draws = generator(run.seed, "student batches")
     train(students, training.inputs, losses_of(taught, training.labels), draws, STUDENT_RATE)
     with torch.no_grad():
-        tuning = accuracy(forward(students, validation.inputs), validation.labels)[len(RANKED) + 1 :]
-        found = accuracy(forward(students, test.inputs), test.labels)
-    by_name = dict(zip((*RANKED, "DIST"), found, strict=False))
-    kept = found[len(RANKED) + 1 :]
-    best = max(range(len(TUNED)), key=tuning.__getitem__)
-    metrics = {
-        "gain_over_cross_entropy": by_name["PLD 1"] - by_name["CE"],
-        "gain_over_listmle": by_name["PLD 1"] - by_name["ListMLE"],
-        "gain_over_tuned_kd": by_name["PLD 1"] - kept[best],
-        "gain_over_plain_kd": by_name["PLD 1"] - kept[TUNED.index(KD(2.0, 0.1))],
-        "gain_over_dist": by_name["PLD 1"] - by_name["DIST"],
-        "gain_over_position_listmle": by_name["PLD 1"] - by_name["p-ListMLE"],
-    }
-    rows = [{"method": "teacher", "accuracy": of_teacher[0]}]
-    rows += [{"method": name, "accuracy": value} for name, value in by_name.items()]
-    rows += [
-        {"method": "KD", "temperature": kd.temperature, "weight": kd.weight, "accuracy": value, "tuned": index == best}
-        for index, (kd, value) in enumerate(zip(TUNED, kept, strict=True))
+        tuning = accuracy(forward(students, validation.inputs), validation.labels)
+        logits = as_trained(forward(students, test.inputs))
+    found = [
+        {"accuracy": value, "divergence": distance}
+        for value, distance in zip(accuracy(logits, test.labels), divergences(right, logits), strict=True)
     ]
-    return Report(metrics=metrics, rows=rows)
+    rows = [{"method": "teacher", "accuracy": accuracy(right, test.labels)[0]}]
+    rows += [{"method": name, **one} for name, one in zip((*RANKED, *SINGLE), found, strict=False)]
+    begin, ends = len(RANKED) + len(SINGLE), COPIES - len(TUNED)
+    best, best_kd = (max(span, key=tuning.__getitem__) for span in (range(begin, ends), range(ends, COPIES)))
+    rows += [
+        {"method": "DKD", "beta": beta, **found[place], "tuned": place == best}
+        for place, beta in enumerate(DKD_BETAS, begin)
+    ]
+    rows += [
+        {"method": "KD", "temperature": kd.temperature, "weight": kd.weight, **found[place], "tuned": place == best_kd}
+        for place, kd in enumerate(TUNED, ends)
+    ]
+    others = {name: found[place] for place, name in enumerate((*RANKED, *SINGLE))}
+    others |= {"tuned DKD": found[best], "tuned KD": found[best_kd]}
+    return Report(metrics=comparisons(others, found[ends + TUNED.index(KD(2.0, 0.1))]), rows=rows)
+
+
+def divergences(teacher: Tensor, students: Tensor) -> list[float]:
+    """The mean KL(teacher, student) in nats of each copy, from logits [1, n, V] and [copies, n, V]."""
+    log_p = teacher.log_softmax(-1)
+    values: list[float] = (log_p.exp() * (log_p - students.log_softmax(-1))).sum(-1).double().mean(-1).tolist()
+    return values
+
+
+def comparisons(found: Mapping[str, Mapping[str, float]], plain: Mapping[str, float]) -> dict[str, float]:
+    """PLD at temperature 1 beside the others; plain: the KD of the paper, not tuned."""
+    pld = found["PLD 1"]
+    names = {
+        "cross_entropy": "CE", "listmle": "ListMLE", "tuned_kd": "tuned KD", "dist": "DIST", "tuned_dkd": "tuned DKD",
+        "position_listmle": "p-ListMLE", "label_smoothing": "CE, smoothed", "standardised_teacher": STANDARDISED[0],
+        "standardised_both": STANDARDISED[1],
+    }  # fmt: skip
+    metrics = {f"gain_over_{key}": pld["accuracy"] - found[name]["accuracy"] for key, name in names.items()}
+    metrics["gain_over_plain_kd"] = pld["accuracy"] - plain["accuracy"]
+    return metrics | {
+        "divergence": pld["divergence"],
+        "nearer_than_dist": found["DIST"]["divergence"] - pld["divergence"],
+        "farther_than_kd": pld["divergence"] - plain["divergence"],
+    }
 
 
 def surface(size: int = 41) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,18 +259,29 @@ def surface(size: int = 41) -> tuple[Tensor, Tensor, Tensor]:
     return at, pld, (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
 
 
+_NEAR: dict[str, dict[str, Any]] = {
+    "CE": {"method": "CE"}, "smoothed": {"method": "CE, smoothed"}, "ListMLE": {"method": "ListMLE"},
+    "DIST": {"method": "DIST"}, "KD": {"method": "KD", "tuned": True}, "DKD": {"method": "DKD", "tuned": True},
+    "PLD 1": {"method": "PLD 1"}, "PLD 2": {"method": "PLD 2"}, "PLD, std. t": {"method": STANDARDISED[0]},
+    "PLD, std. t, s": {"method": STANDARDISED[1]},
+}  # fmt: skip
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against the temperature of PLD, and of KD against its weight; PLD and KL on a slice of the logits."""
+    """Accuracy against PLD's temperature, KD's weight and the divergence; PLD and KL on a slice of the logits."""
     from kullback.figures import figure
 
     base = {row["seed"]: row["accuracy"] for row in rows if row["method"] == "CE"}
 
+    def chosen_rows(**wanted: Any) -> list[Mapping[str, Any]]:
+        return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
     def gain(**wanted: Any) -> tuple[float, float]:
-        chosen = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+        chosen = chosen_rows(**wanted)
         found = torch.tensor([row["accuracy"] - base[row["seed"]] for row in chosen], dtype=torch.float64)
         return found.mean().item(), found.std(correction=0).item()
 
-    with figure(path, columns=4, size=(3.3, 3.2)) as (heat_axes, weight_axes, pld_axes, kl_axes):
+    with figure(path, columns=5, size=(3.3, 3.2)) as (heat_axes, weight_axes, near_axes, pld_axes, kl_axes):
         means, spreads = zip(*(gain(method=f"PLD {temperature:g}") for temperature in TEMPERATURES), strict=True)
         heat_axes.errorbar(TEMPERATURES, means, spreads, marker="o", capsize=3, label="PLD")
         for color, name in (("C2", "ListMLE"), ("C5", "p-ListMLE"), ("C1", "DIST"), ("0.4", "teacher")):
@@ -233,6 +292,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             means, spreads = zip(*points, strict=True)
             label = f"KD, T = {temperature:g}"
             weight_axes.errorbar(KD_WEIGHTS, means, spreads, marker="o", capsize=3, color=color, label=label)
+        for place, (name, wanted) in enumerate(_NEAR.items()):
+            near = [row["divergence"] for row in chosen_rows(**wanted)]
+            near_axes.plot(sum(near) / len(near), gain(**wanted)[0], "os^Dv"[place % 5], color=f"C{place}", label=name)
+        near_axes.set(xlabel="KL from teacher to student (nats)", xscale="log", title="nearer is not always better")
         at, pld, kl = surface()
         for axes, values, title in ((pld_axes, pld, "PLD"), (kl_axes, kl, "KL to the teacher")):
             axes.contourf(at, at, values, levels=12, cmap="viridis")
@@ -242,7 +305,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         heat_axes.set(xlabel="temperature of PLD's weights", ylabel="test accuracy above cross-entropy (points)")
         weight_axes.set(xlabel="weight of cross-entropy in KD", title="mean and deviation over seeds")
         heat_axes.set(title="the same seed's student from labels is 0")
-        for axes in (heat_axes, weight_axes):
+        for axes in (heat_axes, weight_axes, near_axes):
             axes.set(ylim=(-1.0, 6.0))
             axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
-            axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2 if axes is heat_axes else 1)
+            axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=1 if axes is weight_axes else 2)
