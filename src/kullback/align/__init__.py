@@ -11,6 +11,7 @@ from kullback.align.difficulty import (
     variance_bound,
 )
 from kullback.align.difficulty_sampler import FilteredBatch, FilteredSource, OnlineDifficultySampler, StarvationWarning
+from kullback.align.difficulty_trl import GroupSampler, recorded_reward, sample_by_difficulty
 from kullback.align.dph import Dph, rehearsal_divergence, rehearsal_loss, visited_penalty
 from kullback.align.evidence import PriorSampler, from_policy, log_evidence, posterior_sample, suffix_move, token_move
 from kullback.align.f_dpg import (
@@ -130,6 +131,7 @@ from kullback.align.soup import (
     linear_connectivity,
     soft_value,
     soup_gain,
+    soup_model,
     soup_state_dict,
 )
 from kullback.align.stored import StoredReference, store_reference
@@ -168,6 +170,7 @@ __all__ = [
     "Frontier",
     "FrontierEstimate",
     "FrontierEstimator",
+    "GroupSampler",
     "Grpo",
     "Kdrl",
     "Matching",
@@ -281,6 +284,7 @@ __all__ = [
     "prefix_values",
     "proximal_step",
     "quasi_rejection",
+    "recorded_reward",
     "reduce_tokens",
     "reference_penalty",
     "regularised_nash",
@@ -290,6 +294,7 @@ __all__ = [
     "renyi_cross_entropy",
     "reverse_kl_top_k",
     "reward_rate_function",
+    "sample_by_difficulty",
     "sample_rollouts",
     "sampled_divergence",
     "score",
@@ -302,6 +307,7 @@ __all__ = [
     "soft_value",
     "solve_tilt_for_kl",
     "soup_gain",
+    "soup_model",
     "soup_state_dict",
     "span_seminorm",
     "squared_targets_loss",
