@@ -30,6 +30,7 @@ from kullback.distill.mdcs import MDCSLoss, combine_experts, diversity_logits, m
 from kullback.distill.mdcs_classifier import MDCSClassifier, fit_together
 from kullback.distill.online import OnlineDistiller, OnlineLoss
 from kullback.distill.pld import PLDLoss, pld_objective
+from kullback.distill.rankings import KeptRankings, WithRankings, write_rankings
 from kullback.distill.sinkd import SinkhornKD, sinkd_loss
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "CentroidTracker",
     "DiDiSettings",
     "DiDiTrainer",
+    "KeptRankings",
     "MCMISettings",
     "MCMITeacherTrainer",
     "MDCSClassifier",
@@ -62,6 +64,7 @@ __all__ = [
     "RGASampler",
     "SinkhornKD",
     "TwoViews",
+    "WithRankings",
     "balanced_kl",
     "balanced_subset",
     "bdkd_loss",
@@ -89,6 +92,7 @@ __all__ = [
     "sinkd_loss",
     "standardised",
     "two_step_trajectory",
+    "write_rankings",
     "zero_shot_distill",
 ]
 

@@ -19,9 +19,9 @@ class PLDTrainer(Trainer):
     """A Trainer of a classifier whose loss is PLD against a teacher, or against rankings kept from one.
 
     teacher: a model that takes the same inputs, run without a gradient; None where batches hold `order` and `weights`
-    [B, K] from `PLDLoss.ranking` (then set remove_unused_columns=False). loss: a PLDLoss. The rest is the Trainer's. A
-    batch has labels [B] and the model's inputs; the loss is divided by the labels of the whole accumulated batch over
-    all processes. Raises ConfigError for a batch with neither teacher nor rankings, or without labels.
+    [B, K], as those of `WithRankings` do (then set remove_unused_columns=False). loss: a PLDLoss. The rest is the
+    Trainer's. A batch has labels [B] and the model's inputs; the loss is divided by the labels of the whole accumulated
+    batch over all processes. Raises ConfigError for a batch with neither teacher nor rankings, or without labels.
     """
 
     loss_is_scaled_for_ga = True
