@@ -44,6 +44,7 @@ from kullback.align.implicit import (
     phi_transform,
     prefix_values,
 )
+from kullback.align.judges import RememberedJudge
 from kullback.align.kdrl import (
     BetaSchedule,
     Kdrl,
@@ -195,6 +196,7 @@ __all__ = [
     "RateFunction",
     "RegularisedPolicy",
     "RehearsalBuffer",
+    "RememberedJudge",
     "Rollouts",
     "RunningBaseline",
     "ScoredRollouts",

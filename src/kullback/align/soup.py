@@ -15,11 +15,12 @@ Shapes: log-probabilities and rewards [..., N], in nats. Source: arXiv 2411.0179
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.files import atomic_directory
 from kullback.models.adapters import check_one_base
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = [
     "Connectivity",
     "geometric_soup",
@@ -36,6 +40,7 @@ __all__ = [
     "soft_value",
     "soup",
     "soup_gain",
+    "soup_model",
     "soup_state_dict",
 ]
 
@@ -114,11 +119,9 @@ def soup(folders: Sequence[str | Path], weights: Sequence[float] | None = None, 
     """
     from safetensors.torch import save_file
 
-    places, target = [Path(folder) for folder in folders], Path(save_to)
-    shares = _weights(len(places), weights)
-    check_one_base(places)
-    shards = [open_shards(place) for place in places]
-    _check_alike_names(shards)
+    target = Path(save_to)
+    shares = _weights(len(folders), weights)
+    shards = _open_alike(folders)
     if target.exists():
         raise DataError(f"{target} is there already: name another directory for the soup")
     with atomic_directory(target) as out:
@@ -126,17 +129,64 @@ def soup(folders: Sequence[str | Path], weights: Sequence[float] | None = None, 
             if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt"):
                 shutil.copy2(path, out / path.name)
         for file, names in shards[0].files.items():
-            averaged = {}
-            for name in names:
-                parts, kept = zip(*(shard.read(name) for shard in shards), strict=True)
-                if any(part.shape != parts[0].shape for part in parts):
-                    raise ShapeError(f"{name} has another shape in one model: average models of one architecture")
-                averaged[name] = _average(name, parts, shares, torch.float32).to(kept[0])
+            averaged = {name: _read_average(name, shards, shares) for name in names}
             save_file(averaged, out / file, metadata={"format": "pt"})
     return target
 
 
-def _check_alike_names(shards: Sequence[Shards]) -> None:
+def soup_model(
+    models: Sequence[PreTrainedModel | str | Path], weights: Sequence[float] | None = None
+) -> PreTrainedModel:
+    """The soup of models in memory, or of directories as `soup` takes them, as a new model in evaluation mode.
+
+    Of directories alone it holds the average and not the parents, two models' memory at most; beside models in memory a
+    directory is loaded whole. The models stay as they are; the new one has the first one's class, configuration, types
+    and device. Raises as `soup` and `soup_state_dict`: nothing is left out of an average because it differs.
+    """
+    shares = _weights(len(models), weights)
+    folders = [model for model in models if isinstance(model, str | Path)]
+    if len(folders) == len(models):
+        return _loaded_average(folders, shares)
+    parents = [_loaded_average([model], [1.0]) if isinstance(model, str | Path) else model for model in models]
+    states = [parent.state_dict() for parent in parents]
+    _check_alike(states[0], states[1:])
+    made = copy.deepcopy(parents[0]).eval()
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            parts = [state[name].to(tensor.device) for state in states]
+            tensor.copy_(_average(name, parts, shares, torch.float32))
+    return made
+
+
+def _loaded_average(folders: Sequence[str | Path], shares: Sequence[float]) -> PreTrainedModel:
+    import transformers
+
+    shards = _open_alike(folders)
+    place = shards[0].folder
+    config = transformers.AutoConfig.from_pretrained(place)
+    name = (config.architectures or ["none"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ConfigError(f"{place} holds a model of class {name!r}, which transformers has not: load it and give that")
+    state = {part: _read_average(part, shards, shares) for part in shards[0]}
+    model: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
+    if (place / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(place)
+    return model
+
+
+def _read_average(name: str, shards: Sequence[Shards], shares: Sequence[float]) -> Tensor:
+    parts, kept = zip(*(shard.read(name) for shard in shards), strict=True)
+    if any(part.shape != parts[0].shape for part in parts):
+        raise ShapeError(f"{name} has another shape in one model: average models of one architecture")
+    return _average(name, parts, shares, torch.float32).to(kept[0])
+
+
+def _open_alike(folders: Sequence[str | Path]) -> list[Shards]:
+    """The tensors of each directory, which have the same names."""
+    places = [Path(folder) for folder in folders]
+    check_one_base(places)
+    shards = [open_shards(place) for place in places]
     first = set(shards[0])
     for other in shards[1:]:
         differ = sorted(first ^ set(other))
@@ -144,6 +194,7 @@ def _check_alike_names(shards: Sequence[Shards]) -> None:
             raise ShapeError(
                 f"the models differ in their tensors, as {differ[0]}: average models of one architecture"
             )
+    return shards
 
 
 class Connectivity(NamedTuple):
