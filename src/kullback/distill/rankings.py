@@ -34,7 +34,7 @@ class KeptRankings(Dataset):
     """The rankings of a folder that `write_rankings` wrote: item i is the Ranking [K] of the i-th sample.
 
     Places [n], in any order, give [n, K], which `PLDLoss.of_ranking` takes. labels: those ranked for, int64 [N];
-    classes: V; picks: K. Raises DataError when the folder is missing or damaged, and IndexError for places out of range.
+    classes: V; picks: K. Raises DataError when the folder is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:

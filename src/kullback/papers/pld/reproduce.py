@@ -306,6 +306,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         weight_axes.set(xlabel="weight of cross-entropy in KD", title="mean and deviation over seeds")
         heat_axes.set(title="the same seed's student from labels is 0")
         for axes in (heat_axes, weight_axes, near_axes):
-            axes.set(ylim=(-1.0, 6.0))
+            axes.set(ylim=(-1.6, 6.0))
             axes.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
             axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=1 if axes is weight_axes else 2)
