@@ -389,6 +389,8 @@ def test_a_judge_of_pairs(adder, tmp_path):
         ({"reward": job.RewardConfig(name="exactly")}, ConfigError, "there is no reward"),
         ({"reward": job.RewardConfig(name="regex")}, ConfigError, "reward.pattern"),
         ({"reward": job.RewardConfig(name="exact", pairwise=True)}, ConfigError, "judge of your own"),
+        ({"reward": job.RewardConfig(name="exact", remembered=9)}, ConfigError, "of a judge of pairs"),
+        ({"reward": job.RewardConfig(name="exact", remembered=-1)}, ConfigError, "0 for none, got -1"),
         ({"reward": job.RewardConfig(name="nowhere.py:f")}, DataError, "nowhere.py"),
         ({"sampling": job.SamplingConfig(group=1)}, ConfigError, "sampling.group"),
         ({"method": "nash-mp", "options": {"mode": "nash-md"}, "sampling": job.SamplingConfig(group=3)}, ConfigError,

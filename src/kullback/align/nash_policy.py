@@ -33,10 +33,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kullback.align.judges import Judge, RememberedJudge
 from kullback.align.log_probs import sequence_log_probs
 from kullback.align.methods import Batch
 from kullback.align.policy_gradient import leave_one_out_baseline
-from kullback.core.errors import ConfigError, DataError, RewardError, ShapeError
+from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = [
     "NashPolicy",
@@ -48,7 +49,6 @@ __all__ = [
 ]
 
 _MODES = ("nash-mp", "nash-prox", "nash-md", "nash-ema", "self-play", "ipo")
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Any]
 
 
 def pair_preferences(rewards: Tensor, *, rule: Literal["bradley-terry", "compare"] = "bradley-terry") -> Tensor:
@@ -90,18 +90,22 @@ def _check_chances(preferences: Tensor) -> None:
         raise DataError("preferences are chances in [0, 1], and some lie outside or are NaN")
 
 
-def judged(judge: Judge, *, both_orders: bool = True) -> Callable[..., Tensor]:
+def judged(
+    judge: Judge, *, both_orders: bool = True, remembered: int = 65536, symmetric: bool | None = None
+) -> Callable[..., Tensor]:
     """A reward function from a pairwise judge: each completion's mean chance against the others of the same prompt.
 
     judge(prompts, firsts, seconds) gives the chances that the first is preferred. It is asked once for all pairs of
     the batch, each once, in both orders where `both_orders`, and averaged, so that minding the order does no harm; a
     completion that is alone or equal to another ties with it without being asked. Where some are an opponent's, as the
-    column `opponent` tells, the others are compared with those alone.
+    column `opponent` tells, the others are compared with those alone. remembered: answers kept for later batches, 0 for
+    a judge that changes its mind; symmetric: one order is asked and serves both (see `RememberedJudge`).
 
     >>> longer = judged(lambda prompts, a, b: [float(len(x) > len(y)) for x, y in zip(a, b)])
     >>> longer(["p"] * 3, ["long one", "mid", "s"])
     tensor([1.0000, 0.5000, 0.0000])
     """
+    judge = RememberedJudge(judge, size=remembered, symmetric=symmetric)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], opponent: Sequence[bool] = ()) -> Tensor:
         sides = torch.tensor(opponent) if opponent else torch.arange(len(completions))  # each on a side of its own
@@ -135,15 +139,12 @@ def judged(judge: Judge, *, both_orders: bool = True) -> Callable[..., Tensor]:
 def _asked(
     judge: Judge, pairs: Sequence[tuple[str, int, int]], texts: Mapping[str, Sequence[str]], both_orders: bool
 ) -> dict[str, list[tuple[tuple[str, int, int], float]]]:
-    """What the judge says of pairs (prompt, number of a text, of another), by prompt; RewardError for no chance."""
+    """What the judge says of pairs (prompt, number of a text, of another), by prompt."""
     orders = [*pairs, *((prompt, b, a) for prompt, a, b in pairs)] if both_orders else list(pairs)
     if not orders:
         return {}
     firsts, seconds = [texts[p][a] for p, a, _ in orders], [texts[p][b] for p, _, b in orders]
-    found = torch.as_tensor(judge([prompt for prompt, _, _ in orders], firsts, seconds), dtype=torch.float32)
-    if found.shape != (len(orders),) or not ((found >= 0) & (found <= 1)).all():
-        got = f"{tuple(found.shape)} values, first {found.flatten()[:4].tolist()}"
-        raise RewardError(f"a judge gives a chance in [0, 1] for each of {len(orders)} pairs, got {got}")
+    found = torch.tensor(judge([prompt for prompt, _, _ in orders], firsts, seconds))
     if both_orders:
         found = 0.5 * (found[: len(pairs)] + 1.0 - found[len(pairs) :])
     said: dict[str, list[tuple[tuple[str, int, int], float]]] = {}

@@ -49,6 +49,8 @@ def chosen_reward(config: RewardConfig, *, needed: bool, device: Any = "cpu") ->
         raise ConfigError(f"reward.pattern does nothing to the reward {name or '(none)'!r}: exact and regex take it")
     if config.pairwise and ":" not in name:
         raise ConfigError("reward.pairwise needs a judge of your own: module:function or file.py:function")
+    if config.remembered != type(config)().remembered and not config.pairwise:
+        raise ConfigError("reward.remembered is of a judge of pairs: set reward.pairwise, or leave it out")
     if not name:
         if needed:
             raise ConfigError(
@@ -65,7 +67,8 @@ def chosen_reward(config: RewardConfig, *, needed: bool, device: Any = "cpu") ->
     if name == "arithmetic":
         return ArithmeticReward()
     if ":" in name:
-        return judged(load_reward(name)) if config.pairwise else load_reward(name)
+        found = load_reward(name)
+        return judged(found, remembered=config.remembered) if config.pairwise else found
     if Path(name).expanduser().is_dir():
         return ModelReward(Path(name).expanduser(), device=device)
     raise ConfigError(

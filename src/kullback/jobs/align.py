@@ -47,6 +47,8 @@ class RewardConfig:
     "stop", or "zero" to give the completions of a call that failed nothing and go on; correct: a completion whose
     reward is over this counts as right in pass@k. pairwise: the function is a judge, of (prompts, firsts, seconds) to
     the chances that the first is preferred, and the reward is a completion's mean chance against those of its prompt.
+    remembered: what the judge said of so many pairs is used again in later steps, 0 for one that changes its mind; a
+    judge with an attribute `symmetric` that is true is asked in one order of the two.
     """
 
     name: str = ""
@@ -55,6 +57,7 @@ class RewardConfig:
     on_error: Literal["stop", "zero"] = "stop"
     correct: float = 0.5
     pairwise: bool = False
+    remembered: int = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +182,8 @@ def check(config: AlignConfig) -> None:
             f"a server answers with log-probabilities at temperature 1 and sampling.temperature is "
             f"{sampling.temperature}: leave one of them out"
         )
+    if config.reward.remembered < 0:
+        raise ConfigError(f"reward.remembered is a number of pairs, 0 for none, got {config.reward.remembered}")
     if not config.reward.seconds > 0:
         raise ConfigError(f"reward.seconds must be > 0, got {config.reward.seconds}")
     if config.lora.rank < 0:
