@@ -15,7 +15,7 @@ from kullback.align.f_dpg import (
     target_divergence,
 )
 from kullback.align.proposals import ProposalContest
-from kullback.align.targets import fit_multipliers
+from kullback.align.targets import fit_multipliers, moment_fit
 from kullback.align.worlds import RecurrentPolicy, World, draw_sequences
 from kullback.core.errors import ConfigError, DataError, ShapeError
 from kullback.core.rng import generator
@@ -172,6 +172,38 @@ def test_two_multipliers_take_few_steps_of_newton(monkeypatch):
     # as a reward with beta 1 they make the tilted target the law with these moments
     tilted = FDpg(beta=1.0)._preference(features @ found)
     torch.testing.assert_close((weights.log() + tilted).softmax(0), shares)
+
+
+def test_the_steps_of_the_paper_go_where_newton_goes():
+    draw = generator(3, "features")
+    features = torch.randn(512, 2, generator=draw, dtype=torch.float64)
+    log_weights = 0.3 * torch.randn(512, generator=draw, dtype=torch.float64)
+    wanted = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    given = {"log_weights": log_weights}
+    newton = fit_multipliers(features, wanted, **given)
+    steps = fit_multipliers(features, wanted, **given, method="gradient")
+    torch.testing.assert_close(steps, newton, atol=1e-4, rtol=0)
+    near, exact, none = (moment_fit(features, wanted, x, **given) for x in (steps, newton, torch.zeros(2)))
+    assert 1e-7 < near.error < 1e-5  # bites: it stops at the tolerance and not at Newton's
+    assert exact.error < 1e-9
+    assert none.error > 0.1
+    share = (log_weights + features @ newton).softmax(0)
+    assert exact.effective.item() == pytest.approx(1 / share.square().sum().item())
+    assert exact.effective < none.effective < 512
+    # by hand, for two steps
+    binary, half = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    odds = torch.tensor([0.2, 0.8], dtype=torch.float64).log()
+    first = 0.05 * (0.5 - 0.2)
+    rate = 1 / (1 + 4 * math.exp(-first))
+    found = fit_multipliers(binary, half, log_weights=odds, method="gradient", tolerance=0.5 - rate + 1e-9)
+    assert found.item() == pytest.approx(first)
+    assert fit_multipliers(binary, half, log_weights=odds, method="gradient").item() == pytest.approx(
+        math.log(4), abs=1e-3
+    )
+    with pytest.raises(ConfigError, match="newton or gradient"):
+        fit_multipliers(binary, half, method="sgd")
+    with pytest.raises(ShapeError, match="multipliers"):
+        moment_fit(binary, half, torch.zeros(2))
 
 
 def test_sampled_gradients_of_an_autoregressive_policy_are_right_in_the_mean():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ from torch import Tensor
 from kullback.core.errors import ConfigError, DataError, ShapeError
 
 __all__ = [
+    "MomentFit",
     "Target",
     "best_of_n_target",
     "constraint_target",
     "fit_multipliers",
+    "moment_fit",
     "product_of_experts",
     "reward_target",
 ]
@@ -112,14 +114,30 @@ def constraint_target(
     return Target(log_density, conditions_on, "constraint target")
 
 
+class MomentFit(NamedTuple):
+    """error: the largest distance of a moment from the one asked for; effective: samples that the weights amount to."""
+
+    error: Tensor
+    effective: Tensor
+
+
 def fit_multipliers(
-    features: Tensor, moments: Tensor, *, log_weights: Tensor | None = None, tolerance: float = 1e-10
+    features: Tensor,
+    moments: Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    method: Literal["newton", "gradient"] = "newton",
+    tolerance: float | None = None,
 ) -> Tensor:
     """lambda [K] such that E phi = moments [K] under weights times exp(<lambda, phi>), from features [M, K]; float64.
 
     Rows are samples of the reference, or with log_weights [M] any sequences with their weights (all of a world with its
-    log-probabilities: exact). Newton's method on the convex dual log E exp<lambda, phi> - <lambda, m>, damped.
-    Raises ShapeError, and DataError for moments that no reweighting reaches, which have no finite multipliers.
+    log-probabilities: exact; of another proposal log p - log q). Both methods go down the convex dual
+    log E exp<lambda, phi> - <lambda, m>. "newton": damped, until no moment is off by more than tolerance (1e-10) of its
+    feature's deviation. "gradient": 1000 plain steps of 0.05 at most, as in the paper, until none is off by more than
+    tolerance (1e-5). It builds no [K, K] matrix and is slow, so it may end short of that: `moment_fit` says by how
+    much. Raises ConfigError, ShapeError, and DataError for moments that no reweighting
+    reaches, which have no finite multipliers.
 
     >>> fit_multipliers(torch.tensor([[0.0], [1.0]]), torch.tensor([0.75]))  # log 3
     tensor([1.0986], dtype=torch.float64)
@@ -127,6 +145,8 @@ def fit_multipliers(
     if features.ndim != 2 or moments.shape != features.shape[1:]:
         shapes = f"{tuple(features.shape)} and {tuple(moments.shape)}"
         raise ShapeError(f"features are [M, K] and moments [K], got {shapes}")
+    if method not in ("newton", "gradient"):
+        raise ConfigError(f"method is newton or gradient, not {method!r}")
     phi, wanted = features.detach().double(), moments.detach().double()
     if not (phi.isfinite().all() and wanted.isfinite().all()):
         raise DataError("features and moments must be finite: score those sequences again or leave them out")
@@ -140,7 +160,40 @@ def fit_multipliers(
             f"moment {which} is {wanted[which]:g} and its feature goes from {span}: ask for one strictly inside, or "
             "take must for what every sequence has to obey"
         )
-    return _newton(phi, wanted, weights, tolerance)
+    if method == "newton":
+        return _newton(phi, wanted, weights, 1e-10 if tolerance is None else tolerance)
+    return _gradient(phi, wanted, weights, 1e-5 if tolerance is None else tolerance)
+
+
+def moment_fit(
+    features: Tensor, moments: Tensor, multipliers: Tensor, *, log_weights: Tensor | None = None
+) -> MomentFit:
+    """How well multipliers [K] of `fit_multipliers` give the moments [K], and on how many samples that rests.
+
+    features [M, K] and log_weights [M] as there; with others, held out, it says how the multipliers generalise.
+    Raises ShapeError.
+
+    >>> fit = moment_fit(torch.tensor([[0.0], [1.0]]), torch.tensor([0.75]), torch.tensor([0.0]))
+    >>> fit.error.item(), fit.effective.item()
+    (0.25, 2.0)
+    """
+    if features.ndim != 2 or not moments.shape == multipliers.shape == features.shape[1:]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (features, moments, multipliers))
+        raise ShapeError(f"features are [M, K], moments and multipliers [K], got {shapes}")
+    phi = features.detach().double()
+    weights = phi.new_zeros(len(phi)) if log_weights is None else log_weights.detach().double()
+    share = (weights + phi @ multipliers.to(phi)).softmax(0)
+    return MomentFit((share @ phi - moments.to(phi)).abs().max(), 1.0 / share.square().sum())
+
+
+def _gradient(phi: Tensor, wanted: Tensor, weights: Tensor, tolerance: float) -> Tensor:
+    multipliers = torch.zeros_like(wanted)
+    for _ in range(1000):
+        slope = (weights + phi @ multipliers).softmax(0) @ phi - wanted
+        if bool((slope.abs() < tolerance).all()):
+            break
+        multipliers = multipliers - 0.05 * slope
+    return multipliers
 
 
 def _newton(phi: Tensor, wanted: Tensor, weights: Tensor, tolerance: float) -> Tensor:
