@@ -6,7 +6,7 @@ Shapes: B rows of L prompt tokens, padded on the left, and T completion tokens, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +72,10 @@ class AlignTrainer(Trainer):
     method's epochs and mini_batches say. What else a method may ask for is listed with `methods.OnlineMethod`. Other
     batches have what `collate_completions` makes, chosen rows before rejected ones. temperature: of the policy in the
     loss; another one of the reference or the rollouts needs allow_temperature_mismatch. vocabulary: entries of the head
-    that exist. The loss is divided by the count of the whole accumulated batch over all processes.
+    that exist. entropy: metric/entropy in the log is the policy's, the mean in nats of its laws of each token of the
+    completions, at the price of another product with the head in the steps that are logged, whose entropy it is; with a
+    logging_strategy other than "steps" that is all of them. The loss is divided by the count of the whole accumulated
+    batch over all processes.
     """
 
     loss_is_scaled_for_ga = True
@@ -88,6 +91,7 @@ class AlignTrainer(Trainer):
         group: int = 1,
         temperature: float = 1.0,
         vocabulary: int | None = None,
+        entropy: bool = False,
         seed: int = 0,
         allow_temperature_mismatch: bool = False,
         **kwargs: Any,
@@ -99,6 +103,8 @@ class AlignTrainer(Trainer):
         self.critic = None if kind is None else add_critic(model, kind)
         super().__init__(model=model, **kwargs)
         self._check(method, rollouts)
+        if entropy and getattr(method, "compares", None) is not None:
+            raise ConfigError(f"{type(method).__name__} compares whole laws, and no entropy of them is measured")
         self.method, self.reference, self.rollouts, self.group = method, reference, rollouts, group
         self.temperature, self.vocabulary, self.stream = temperature, vocabulary, seed
         self.model_accepts_loss_kwargs = True  # asks the Trainer for the count of the accumulated batch
@@ -108,6 +114,8 @@ class AlignTrainer(Trainer):
         self._held: list[dict[str, Any]] = []
         self._sums: dict[str, Tensor] = {}
         self._terms = 0
+        self.entropy = entropy
+        self._spread = torch.zeros(2, dtype=torch.float64)  # the sum of entropies, and their tokens
         self._drawn = torch.zeros(2)  # completions that did not end, and all
 
     def _check(self, method: Method, rollouts: RolloutSource | None) -> None:
@@ -125,7 +133,7 @@ class AlignTrainer(Trainer):
             inputs = {**inputs, "reference_log_prob": self.reference(*given)}
         compares, found = getattr(self.method, "compares", None), {}
         if compares is None:
-            log_prob, values = self._under(model, given)
+            log_prob, values = self._under(model, given, measures=self._logs_this_step(model))
             found = {} if values is None else {"values": values}
         else:
             teacher: Any = self.reference
@@ -146,14 +154,28 @@ class AlignTrainer(Trainer):
         """Whether the method wants the reference's log-probabilities of the tokens, and not its whole laws."""
         return self.method.needs_reference and getattr(self.method, "compares", None) is None
 
-    def _under(self, model: Any, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _logs_this_step(self, model: Any) -> bool:
+        """Whether an entropy is measured of this batch of training."""
+        if not self.entropy or not model.training:
+            return False
+        step, every = self.state.global_step, max(int(self.state.logging_steps or 1), 1)
+        first = self.args.logging_first_step and step == 0
+        return first or self.args.logging_strategy != "steps" or (step + 1) % every == 0
+
+    def _under(
+        self, model: Any, given: tuple[Tensor, Tensor, Tensor], *, measures: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [B, T], and values [B, T] where there is a critic."""
         options: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.vocabulary}
-        if self.critic is None:
-            return completion_log_probs(model, *given, **options).log_probs, None
-        with head_inputs(getattr(model, "module", model)) as heard:
-            found = completion_log_probs(model, *given, **options).log_probs
-        return found, self.critic(heard[-1], *given)
+        options["entropy"] = "measured" if measures else False
+        bare = getattr(model, "module", model)
+        listens: AbstractContextManager[Any] = nullcontext() if self.critic is None else head_inputs(bare)
+        with listens as heard:
+            found = completion_log_probs(model, *given, **options)
+        if found.entropy is not None:
+            tokens = given[2].bool()
+            self._spread += torch.stack([found.entropy[tokens].double().sum(), tokens.sum().double()]).cpu()
+        return found.log_probs, None if self.critic is None else self.critic(heard[-1], *given)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's, in which the critic has a rate of its own: the method's critic_rate times the policy's."""
@@ -244,6 +266,11 @@ class AlignTrainer(Trainer):
             means = self.accelerator.reduce(means, reduction="mean")
             logs.update({f"metric/{name}": value for name, value in zip(names, means.tolist(), strict=True)})
             self._sums, self._terms = {}, 0
+        if self.entropy and "loss" in logs:
+            spread, tokens = self.accelerator.reduce(self._spread.to(self.args.device)).tolist()
+            if tokens:
+                logs["metric/entropy"] = spread / tokens
+            self._spread.zero_()
         if self.rollouts is not None and "loss" in logs:
             cut, drawn = self.accelerator.reduce(self._drawn.to(self.args.device)).tolist()
             if drawn:

@@ -6,7 +6,8 @@ the log-probabilities is known, backward. Shapes: ... any, mostly B, T; H hidden
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,31 +95,45 @@ def completion_log_probs(
     completion_mask: Tensor,
     *,
     temperature: float = 1.0,
-    entropy: bool = False,
+    entropy: bool | Literal["measured"] = False,
     vocabulary: int | None = None,
 ) -> TokenLogProbs:
     """Log-probabilities of the last T tokens of ids [B, P + T] under a causal language model, completion_mask [B, T].
 
     attention_mask [B, P + T]; padding may stand on the left, since positions are counted from the first real token.
     The model may be wrapped by DDP or FSDP; where its head is linear the logits are never held. vocabulary: only the
-    first so many tokens of the head exist. With a gradient unless inside torch.no_grad().
+    first so many tokens of the head exist. With a gradient unless inside torch.no_grad(); entropy="measured" has none,
+    costs another product with the head, and leaves the log-probabilities and their gradient as they are to the bit.
     """
     _check_completions(ids, attention_mask, completion_mask)
-    options: dict[str, Any] = {"mask": completion_mask, "temperature": temperature, "entropy": entropy}
+    if entropy not in (True, False, "measured"):
+        raise ConfigError(f'entropy is True, False or "measured", not {entropy!r}')
+    options: dict[str, Any] = {"mask": completion_mask, "temperature": temperature}
     given, length = (ids, attention_mask, completion_mask), completion_mask.shape[1]
     targets, bare = ids[:, -length:], getattr(model, "module", model)
     if not has_plain_head(bare):
-        return log_probs_from_logits(completion_logits(model, *given)[..., :vocabulary], targets, **options)
+        logits = completion_logits(model, *given)[..., :vocabulary]
+        return _asked(lambda spread: log_probs_from_logits(logits, targets, entropy=spread, **options), entropy)
     head = bare.get_output_embeddings()
 
     def from_hidden(hidden: Tensor) -> Tensor:
         bias = None if head.bias is None else head.bias[:vocabulary]
         rows = hidden[:, -length - 1 : -1]
-        found = log_probs_from_hidden(rows, head.weight[:vocabulary], targets, bias=bias, **options)
+        parts = (rows, head.weight[:vocabulary], targets)
+        found = _asked(lambda spread: log_probs_from_hidden(*parts, bias=bias, entropy=spread, **options), entropy)
         return torch.stack([part for part in found if part is not None], -1)
 
     with replaced_head(bare, from_hidden):
         return TokenLogProbs(*completion_logits(model, *given, cut=False).unbind(-1))
+
+
+def _asked(find: Callable[[bool], TokenLogProbs], entropy: bool | str) -> TokenLogProbs:
+    """What find(entropy) gives, with a measured entropy beside it where that is asked for."""
+    found = find(entropy is True)
+    if entropy != "measured":
+        return found
+    with torch.no_grad():
+        return found._replace(entropy=find(True).entropy)
 
 
 def completion_logits(
