@@ -150,13 +150,19 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 def test_an_interrupt_exits_with_130():
-    code = "import time, sys; from kullback import cli; app = cli.application()\n"
+    # a shell that starts the tests in the background has them ignore the signal, and this process after them
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "import time, sys; from kullback import cli; app = cli.application()\n"
     code += "app.command('wait')(lambda: (print('ready', flush=True), time.sleep(60)))\n"
     code += "cli.application = lambda: app; sys.exit(cli.execute(['wait']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err

@@ -45,7 +45,8 @@ def truncated(logits, ids, kept):
 def test_the_names_are_those_of_the_room():
     assert set(NAMES) | set(F_NAMES) <= set(job.objective_names())
     on_logits = {name.removesuffix("_loss") for name in distill.__all__ if name.endswith("_loss")}
-    assert on_logits - {"bdkd_teacher", "kd", "mcmi", "mdcs"} == {"bdkd", "sinkd"}, "each has a name, or is elsewhere"
+    elsewhere = {"bdkd_teacher", "dkd", "kd", "mcmi", "mdcs"}
+    assert on_logits - elsewhere == {"bdkd", "sinkd"}, "each has a name, or is elsewhere"
     assert {"bd_kd", "sinkd", "pld"} <= set(job.objective_names())
 
 
@@ -105,13 +106,16 @@ def test_a_trainer_descends_on_a_cache(name, cache, world, tmp_path):
     assert loss() < before - 1e-3 * abs(before)
 
 
-@pytest.mark.parametrize("name", ["mcmi", "mdcs", "cs-ib", "didi", "skew-lk", "sinkhorn", "kd", "gkd", "listmle"])
+OTHERS = ("mcmi", "mdcs", "cs-ib", "didi", "dkd")
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "skew-lk", "sinkhorn", "kd", "gkd", "listmle"])
 def test_what_is_no_objective_says_where_it_is(name):
     with pytest.raises(ConfigError) as caught:
         job.objective_of(objective(name))
     said = str(caught.value)
     assert "\n" not in said
-    if name in ("mcmi", "mdcs", "cs-ib", "didi"):
+    if name in OTHERS:
         place = said.split("kullback.distill.")[1].split(",")[0]
         assert hasattr(distill, place) or place in distill.__all__
     else:

@@ -167,6 +167,7 @@ _ELSEWHERE = {  # what is another objective with options, and methods of the roo
     "gkd": "is generalized_jsd here, with its beta, and objective.on_policy for the share of the student's own samples",
     "dml": "is bd_kd here with objective.options.mode=dml; two networks that both learn take OnlineDistillationTrainer",
     "listmle": "is pld here, with objective.options.weights=uniform",
+    "dkd": "takes a classifier's labels apart from its other classes: kullback.distill.dkd_loss, in a loop of your own",
     "mcmi": "fine-tunes a teacher, before it is distilled: kullback.distill.MCMITeacherTrainer, and then kl here",
     "mdcs": "makes several experts of one classifier differ, without a teacher: kullback.distill.MDCSTrainer",
     "cs_ib": "trains a regressor from its inputs and representation: kullback.distill.CSIBRegressor",
